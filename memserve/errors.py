@@ -4,7 +4,7 @@
     ├── UsageError            a mistake at start-up: one line, exit code 2
     │   ├── ModelNotFound
     │   └── UnsupportedModel
-    ├── RequestError          a client's mistake or a refusal: an HTTP status and OpenAI's error body
+    ├── RequestError          answered with an HTTP status and OpenAI's error body
     │   ├── InvalidRequest    400
     │   ├── Unauthorized      401
     │   ├── NotFound          404

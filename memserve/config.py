@@ -1,0 +1,120 @@
+"""What an operator may set, once: the dataclass whose fields are the flags of `memserve serve`.
+
+A field's default is the flag's default; its metadata holds the flag's help text and, where the
+type does not say it, the allowed choices. Every flag has an environment twin `MEMSERVE_<FIELD>` and
+may stand in the YAML or TOML file given by `--config`; a flag wins over the environment, which wins
+over the file. `EngineConfig` is the part that a worker process needs; it crosses the process border.
+
+This module reads no model and starts nothing.
+"""
+
+import dataclasses
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import yaml
+
+from memserve.errors import UsageError
+
+SIZE_UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def _flag(default: Any, text: str, *, choices: tuple[str, ...] = ()) -> Any:  # noqa: ANN401
+    """A dataclass field that is also a command-line flag."""
+    return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """The flags of `memserve serve`; names and meanings follow vLLM where vLLM has them."""
+
+    host: str = _flag("127.0.0.1", "Address to listen on.")
+    port: int = _flag(8000, "Port to listen on; 0 takes a free one.")
+    served_model_name: str | None = _flag(None, "Name in the API [default: MODEL as given].")
+    api_key: str | None = _flag(None, "Key that clients must send as a bearer token.")
+    prefill: int | None = _flag(None, "Number of prefill workers.")
+    decode: int | None = _flag(None, "Number of decode workers.")
+    mixed: int | None = _flag(None, "Number of workers that prefill and decode.")
+    device: str = _flag("auto", "Where the model runs.", choices=("auto", "cpu", "cuda"))
+    dtype: str = _flag(
+        "auto",
+        "Type of weights and KV cache; auto: bfloat16 where the processor has it, else float32.",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    max_model_len: int | None = _flag(
+        None, "Longest prompt plus answer in tokens [default: the model's own limit]."
+    )
+    block_size: int = _flag(16, "Tokens in one KV block.")
+    gpu_memory_utilization: float = _flag(0.92, "Share of a GPU's memory that memserve may fill.")
+    kv_cache_memory: str | None = _flag(
+        None,
+        "KV cache of one worker, as 2G or 512M [default on CPU: an eighth of the free memory, "
+        "divided among the workers, at most 2G each].",
+    )
+    max_num_seqs: int = _flag(64, "Most sequences that one worker runs at once.")
+    max_num_batched_tokens: int = _flag(512, "Most tokens in one step of a worker.")
+    max_num_queued_reqs: int = _flag(1024, "Most requests in the server; more are answered 503.")
+    handover_timeout: float = _flag(
+        2.0, "Seconds a prefilled request waits for room on its decode worker."
+    )
+    chat_template: str | None = _flag(None, "File with a Jinja chat template to use instead.")
+    seed: int = _flag(0, "Base of the seeds given to requests that bring none.")
+    shutdown_timeout: float = _flag(30.0, "Seconds that running requests get after SIGTERM.")
+    log_level: str = _flag("info", "How much to log.", choices=("debug", "info", "warning"))
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What one worker process needs to know; sent as part of its first message."""
+
+    weights: str
+    """Folder of the Hugging Face checkpoint."""
+    device: str
+    dtype: str
+    max_model_len: int
+    block_size: int
+    kv_cache_bytes: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    handover_timeout: float
+    num_threads: int
+    log_level: str
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as `2G`, `512M` or `1073741824`."""
+    value = text.strip().lower().removesuffix("ib").removesuffix("b")
+    unit = value[-1:] if value[-1:].isalpha() else ""
+    number = value.removesuffix(unit)
+    try:
+        size = int(float(number) * SIZE_UNITS[unit])
+    except (KeyError, ValueError, OverflowError):
+        raise UsageError(
+            f"{text!r} is not a size: write it as 2G, 512M or a number of bytes"
+        ) from None
+    if size <= 0:
+        raise UsageError(f"a size must be positive, not {text!r}")
+    return size
+
+
+def read_config_file(path: Path) -> dict[str, object]:
+    """Flag values out of a YAML or TOML file, keyed by field name.
+
+    Dashes and underscores in the file's keys are the same. Raises `UsageError` for an unreadable
+    file and for a key that is no flag.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        loaded = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"can't read the configuration file {path}: {error}") from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise UsageError(f"{path} must hold a table of flags, not a {type(loaded).__name__}")
+    values = {str(key).replace("-", "_"): value for key, value in loaded.items()}
+    known = {field.name for field in dataclasses.fields(ServeConfig)} | {"model"}
+    if unknown := sorted(set(values) - known):
+        raise UsageError(f"{path} names unknown flags: {', '.join(unknown)}")
+    return values

@@ -1,0 +1,50 @@
+"""What the front end asks of the cluster, and what it gets back."""
+
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from memserve.messages import SamplingParams, TokenEvent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """One prompt and how to continue it.
+
+    Every one of `num_choices` answers is drawn independently: randomness is a function of
+    (sampling.seed, choice, position) alone. Prompts share KV only under equal `cache_salt`.
+    """
+
+    request_id: str
+    prompt: list[int]
+    sampling: SamplingParams
+    num_choices: int = 1
+    cache_salt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceToken:
+    """One token of choice number `choice`, in order within its choice."""
+
+    choice: int
+    event: TokenEvent
+
+
+class Generator(Protocol):
+    """The cluster as the front end sees it."""
+
+    def generate(
+        self, generation: Generation
+    ) -> AbstractAsyncContextManager[AsyncIterator[ChoiceToken]]:
+        """Run a generation; leaving the context aborts whatever of it is still running.
+
+        Entering raises `InvalidRequest` for a prompt that can never fit and `Overloaded` when the
+        queue is full. The iterator ends after the last token of every choice (`event.finish` is
+        set); it raises `RequestFailed` when the request can't be finished.
+        """
+        ...
+
+    def abort_choice(self, generation: Generation, choice: int) -> None:
+        """Stop one choice whose remaining tokens nobody wants (a stop string was found)."""
+        ...

@@ -1,0 +1,264 @@
+"""Every message between the launcher and a worker, and the values they carry.
+
+The launcher is the centre of a star: a worker talks to it alone. Messages are tagged msgspec
+structs, sent as MessagePack maps (`memserve.channel`). KV bytes never travel in a message; file
+descriptors travel over a second socket, in the order of the messages that announce them.
+
+A *ticket* names one dispatch of one choice of one request. Tickets only grow, so an event of an
+earlier dispatch can't be mistaken for one of a later one, and a lower ticket is an older claim.
+
+A request that is prefilled on P and decoded on D:
+
+    launcher ── Submit(decode_on=D) ──▶ P        launcher ── Expect ──▶ D
+    P ── Published (per chunk) ──▶ launcher ──▶ D      D reserves room, pulls blocks from P's arena
+    P ── Tokens (the first one) ──▶ launcher
+    D ── Pulled ──▶ launcher ── Settle(accepted=True) ──▶ P     P lets its blocks go; D decodes
+    D ── Declined ──▶ launcher ── Settle(accepted=False) ──▶ P  no room in time: P decodes
+    P ── Withdrawn ──▶ launcher ── Abort ──▶ D                  P needed its blocks back
+
+The launcher decides who owns a ticket: the first of Pulled and Withdrawn that reaches it wins.
+"""
+
+from typing import TypeAlias
+
+import msgspec
+
+from memserve.config import EngineConfig
+from memserve.pool.refs import ArenaDescriptor, BlockRef
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How to choose the tokens of one choice; checked and completed by the front end."""
+
+    max_tokens: int
+    seed: int
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps every token."""
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """Number of top log-probabilities to return beside the sampled token's; None: none at all."""
+
+
+class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
+    """One token of one choice. `finish` is set on the last: `stop` or `length`."""
+
+    ticket: int
+    position: int
+    """Index of this token in the answer; what the launcher has already is dropped."""
+    token: int
+    finish: str | None = None
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    """The most likely (token, log-probability) pairs, the likeliest first."""
+    num_cached_tokens: int = 0
+    """On the first token: prompt tokens whose prefill was skipped."""
+
+
+# Launcher to worker
+
+
+class Configure(msgspec.Struct, frozen=True, tag=True):
+    """The first message to a worker: who it is and what it runs."""
+
+    instance: int
+    epoch: int
+    engine: EngineConfig
+
+
+class MapPeer(msgspec.Struct, frozen=True, tag=True):
+    """Map a peer's arena; its descriptor follows on the descriptor socket."""
+
+    arena: ArenaDescriptor
+
+
+class Submit(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """Prefill a prompt; then decode it here, or hand it over to instance `decode_on`."""
+
+    ticket: int
+    choice: int
+    prompt: list[int]
+    sampling: SamplingParams
+    decode_on: int | None = None
+    cache_salt: str = ""
+
+
+class Expect(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """A prompt that another instance prefills will be handed over to this one."""
+
+    ticket: int
+    choice: int
+    prompt: list[int]
+    sampling: SamplingParams
+    cache_salt: str = ""
+
+
+class Settle(msgspec.Struct, frozen=True, tag=True):
+    """To the prefill instance: the decode instance has taken the request over, or never will."""
+
+    ticket: int
+    accepted: bool
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    """Forget a ticket, wherever it is; unknown tickets are ignored."""
+
+    ticket: int
+
+
+class Inspect(msgspec.Struct, frozen=True, tag=True):
+    """Ask for an `Inspection`."""
+
+    query: int
+
+
+class ResetPrefixCache(msgspec.Struct, frozen=True, tag=True):
+    """Drop every historical block that no request is using."""
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    """Leave."""
+
+
+# Worker to launcher
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The worker serves. The descriptor of its arena follows on the descriptor socket."""
+
+    arena: ArenaDescriptor
+    dtype: str
+    attention: str
+    """Name of the attention backend, for the log."""
+
+
+class StartFailed(msgspec.Struct, frozen=True, tag=True):
+    """The worker can't serve; `reason` is one line for the operator."""
+
+    reason: str
+
+
+class Tokens(msgspec.Struct, frozen=True, tag=True):
+    """The tokens of one step, of all its sequences."""
+
+    events: list[TokenEvent]
+
+
+class Published(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """Prompt blocks that are complete, for the decode instance to pull.
+
+    `refs` are the blocks from number `first_block` of the sequence on. `first_token` comes with the
+    last of them.
+    """
+
+    ticket: int
+    first_block: int
+    refs: list[BlockRef]
+    first_token: int | None = None
+
+
+class Pulled(msgspec.Struct, frozen=True, tag=True):
+    """The decode instance holds the whole prompt and wants to decode it."""
+
+    ticket: int
+
+
+class Declined(msgspec.Struct, frozen=True, tag=True):
+    """The decode instance won't take the request over."""
+
+    ticket: int
+    reason: str
+
+
+class Withdrawn(msgspec.Struct, frozen=True, tag=True):
+    """The prefill instance needed its published blocks back and will decode by itself."""
+
+    ticket: int
+
+
+class Rejected(msgspec.Struct, frozen=True, tag=True):
+    """The worker can't run a ticket; the sentence is for the client, status 400 or 500."""
+
+    ticket: int
+    message: str
+    status: int
+
+
+class TierStats(msgspec.Struct, frozen=True, tag=True):
+    """Counts of blocks and what happened to them; see `memserve.pool.mempool`."""
+
+    total: int
+    free: int
+    active: int
+    historical: int
+    in_flight: int
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Counters (since start) and gauges of one worker."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_incoming: int = 0
+    num_steps: int = 0
+    num_preemptions: int = 0
+    num_prefill_tokens: int = 0
+    num_decode_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_queried_tokens: int = 0
+    num_pulled_blocks: int = 0
+    num_pulled_bytes: int = 0
+    num_failed_pulls: int = 0
+    num_handovers: int = 0
+    num_declined: int = 0
+    num_evictions: int = 0
+    hbm: TierStats | None = None
+
+
+class Heartbeat(msgspec.Struct, frozen=True, tag=True):
+    """Sent by the engine loop itself, about once a second while it runs."""
+
+    stats: EngineStats
+
+
+class Inspection(msgspec.Struct, frozen=True, tag=True):
+    """Answer to `Inspect`: the worker's books, recounted from scratch. No problems: all is well."""
+
+    query: int
+    stats: EngineStats
+    problems: list[str]
+
+
+ToWorker: TypeAlias = (
+    Configure
+    | MapPeer
+    | Submit
+    | Expect
+    | Settle
+    | Abort
+    | Published
+    | Inspect
+    | ResetPrefixCache
+    | Shutdown
+)
+ToLauncher: TypeAlias = (
+    Ready
+    | StartFailed
+    | Tokens
+    | Published
+    | Pulled
+    | Declined
+    | Withdrawn
+    | Rejected
+    | Heartbeat
+    | Inspection
+)
