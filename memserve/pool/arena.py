@@ -1,0 +1,141 @@
+"""The memory of one tier of one instance: all KV blocks in one tensor over anonymous memory.
+
+Contract: the memory is present when the arena is made (no page fault and no out-of-memory later),
+can neither grow nor shrink, and this process alone can ever write it: peers that get the descriptor
+map it read-only. Nothing has a name, so nothing is left behind, whatever kills the process.
+
+It does not know which blocks are in use; that is `MemPool`.
+"""
+
+import fcntl
+import logging
+import mmap
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import final
+
+import numpy as np
+import torch
+
+from memserve.errors import UsageError
+from memserve.pool.generations import GenerationTable, NativeBlocks
+from memserve.pool.header import GENERATIONS_OFFSET, blocks_offset, pack_header, total_bytes
+from memserve.pool.refs import ArenaDescriptor, ArenaLayout, Tier
+
+logger = logging.getLogger(__name__)
+
+F_SEAL_FUTURE_WRITE = 0x0010  # <linux/fcntl.h>; in Python's fcntl from 3.13 only
+SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@final
+class Arena:
+    """KV blocks of one instance and tier, readable by peers through `fd`.
+
+    `tensor` is [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim] of the layout's
+    dtype, zero at first; K stands at index 0 of the third dimension, V at 1. `generations` counts
+    the contents of each block. `address` is where block 0 lies in this process.
+
+    Raises UsageError, with what to lower, if the machine lacks the memory.
+    """
+
+    def __init__(
+        self,
+        layout: ArenaLayout,
+        *,
+        instance: int,
+        epoch: int,
+        native: NativeBlocks | None,
+        tier: Tier = Tier.HBM,
+    ) -> None:
+        self.descriptor = ArenaDescriptor(instance, epoch, int(tier), layout)
+        if layout.num_blocks < 1:
+            raise UsageError("the KV cache has no room for a single block: raise --kv-cache-memory")
+        size = total_bytes(layout)
+        _require_memory(size)
+        self.fd = os.memfd_create("memserve-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            self._map = _reserve(self.fd, size)
+        except OSError as error:
+            os.close(self.fd)
+            raise UsageError(_too_little(size, str(error))) from error
+        header = pack_header(self.descriptor)
+        self._map[: len(header)] = header
+        values = torch.frombuffer(
+            self._map,
+            dtype=_DTYPES[layout.dtype],
+            offset=blocks_offset(layout),
+            count=layout.num_blocks * layout.block_bytes // _DTYPES[layout.dtype].itemsize,
+        )
+        self.tensor: torch.Tensor = values.view(layout.num_blocks, *layout.block_shape)
+        table = np.frombuffer(
+            self._map, dtype=np.uint32, count=layout.num_blocks, offset=GENERATIONS_OFFSET
+        )
+        self.generations = GenerationTable(table, native)
+        self.address: int = self.tensor.data_ptr()
+        logger.info(
+            "arena of %d blocks, %.2f GiB (instance %d, epoch %d, tier %s)",
+            *(layout.num_blocks, size / 2**30, instance, epoch, tier.name),
+        )
+
+    @property
+    def layout(self) -> ArenaLayout:
+        """Shape and dtype of the blocks."""
+        return self.descriptor.layout
+
+    def close(self) -> None:
+        """Give the memory back, as soon as no tensor view of it is left; peers keep theirs."""
+        if self.fd < 0:
+            return
+        os.close(self.fd)
+        self.fd = -1
+        del self.tensor, self.generations
+        # Views that others still hold keep the mapping; it goes with the last of them.
+        with suppress(BufferError):
+            self._map.close()
+
+
+def _reserve(fd: int, size: int) -> mmap.mmap:
+    """Make `size` bytes of memory present behind `fd`, map them, and seal them."""
+    os.posix_fallocate(fd, 0, size)
+    mapping = mmap.mmap(
+        fd, size, mmap.MAP_SHARED | mmap.MAP_POPULATE, mmap.PROT_READ | mmap.PROT_WRITE
+    )
+    # Sealed after our own writable mapping exists: no other can ever be made, here or elsewhere.
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
+    return mapping
+
+
+def available_memory() -> int:
+    """Bytes that this process may still take: the machine's, or its control group's if less."""
+    available = _meminfo_available()
+    group = Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError):  # no limit ("max"), or no control group at all
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        available = min(available, limit - used + int(stat.get("inactive_file", 0)))
+    return available
+
+
+def _meminfo_available() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _require_memory(size: int) -> None:
+    available = available_memory()
+    if size > available:
+        raise UsageError(_too_little(size, f"{available / 2**30:.2f} GiB are available"))
+
+
+def _too_little(size: int, reason: str) -> str:
+    return (
+        f"too little memory: the KV blocks of one worker need {size / 2**30:.2f} GiB, but {reason}."
+        " Lower --kv-cache-memory or the number of workers."
+    )

@@ -1,0 +1,103 @@
+"""Generations of blocks in shared memory, and copies that check them.
+
+The owner of an arena bumps a block's generation whenever the block loses its content, before it can
+be allocated again. Who copies a block out of another process's arena compares before and after: a
+mismatch is a miss. Both need atomics and fences, which Python has not; they are 60 lines of C
+(`memserve/native/blocks.c`). Without a compiler the table still counts, for this process and for
+reads under a lease, but no reader may rely on it while the owner could reuse the block.
+"""
+
+import ctypes
+from array import array
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from memserve.native.build import load_library
+
+GENERATION_MASK = 0xFFFF_FFFF
+
+Int64s = npt.NDArray[np.int64]
+Uint32s = npt.NDArray[np.uint32]
+
+
+class NativeBlocks:
+    """The compiled calls. They release the GIL: a copy thread runs beside the engine."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        self._bump = library.memserve_bump_generations
+        self._bump.argtypes = [pointer, pointer, number]
+        self._bump.restype = None
+        self._copy = library.memserve_copy_blocks
+        self._copy.argtypes = [
+            *(pointer, pointer, pointer, pointer, pointer, pointer),
+            *(number, number, pointer),
+        ]
+        self._copy.restype = number
+
+    def bump(self, table_address: int, blocks: Sequence[int]) -> None:
+        """End the content of `blocks`; every later write to them comes after it, for all to see."""
+        packed = array("q", blocks)
+        self._bump(table_address, packed.buffer_info()[0], len(packed))
+
+    def copy(
+        self,
+        destination: int,
+        destination_blocks: Int64s,
+        source: int,
+        source_blocks: Int64s,
+        table: int,
+        expected: Uint32s,
+        block_bytes: int,
+    ) -> list[bool]:
+        """Copy blocks between the arenas at these addresses; whether each copy may be used.
+
+        A copy may be used if its source had the expected generation before and after it. The block
+        numbers must be within the arenas: nothing is checked here.
+        """
+        ok = np.zeros(len(source_blocks), dtype=np.uint8)
+        self._copy(
+            destination,
+            destination_blocks.ctypes.data,
+            source,
+            source_blocks.ctypes.data,
+            table,
+            expected.ctypes.data,
+            len(source_blocks),
+            block_bytes,
+            ok.ctypes.data,
+        )
+        return [bool(flag) for flag in ok.tolist()]
+
+
+@lru_cache(maxsize=1)
+def load_native_blocks() -> NativeBlocks | None:
+    """The compiled calls, or None where this machine has no working compiler (logged)."""
+    library = load_library("blocks", ["blocks.c"], flags=["-std=c11"])
+    return None if library is None else NativeBlocks(library)
+
+
+class GenerationTable:
+    """One 32-bit generation per block, wrapping; the owner's side."""
+
+    def __init__(self, table: Uint32s, native: NativeBlocks | None) -> None:
+        self._table = table
+        self._view = table.data
+        self._native = native
+        self._address = int(table.ctypes.data)
+
+    def bump(self, blocks: Sequence[int]) -> None:
+        """These blocks have lost their content."""
+        if self._native is not None:
+            self._native.bump(self._address, blocks)
+            return
+        for block in blocks:
+            self._view[block] = (self._view[block] + 1) & GENERATION_MASK
+
+    def load(self, blocks: Sequence[int]) -> list[int]:
+        """The current generation of each block."""
+        view = self._view
+        return [view[block] for block in blocks]

@@ -1,0 +1,70 @@
+"""Where things lie in an arena's shared memory, and the header by which a reader recognises it.
+
+    [header, one page][generations, uint32 per block, whole pages][blocks, page-aligned]
+
+Numbers are little-endian. No torch here.
+"""
+
+import struct
+
+from memserve.errors import PoolError, StaleReference
+from memserve.pool.refs import ArenaDescriptor, ArenaLayout
+
+PAGE_BYTES = 4096
+MAGIC = b"MSRVKV\r\n"
+VERSION = 1
+
+# magic, version, tier, instance, epoch, layout digest, total bytes
+_HEADER = struct.Struct("<8sIIQQ16sQ")
+
+GENERATIONS_OFFSET = PAGE_BYTES
+
+
+def _whole_pages(num_bytes: int) -> int:
+    return -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
+
+
+def blocks_offset(layout: ArenaLayout) -> int:
+    """Byte offset of block 0."""
+    return GENERATIONS_OFFSET + _whole_pages(4 * layout.num_blocks)
+
+
+def total_bytes(layout: ArenaLayout) -> int:
+    """Size of the whole shared memory."""
+    return blocks_offset(layout) + _whole_pages(layout.num_blocks * layout.block_bytes)
+
+
+def pack_header(descriptor: ArenaDescriptor) -> bytes:
+    """The first bytes of the arena that `descriptor` describes."""
+    return _HEADER.pack(
+        MAGIC,
+        VERSION,
+        descriptor.tier,
+        descriptor.instance,
+        descriptor.epoch,
+        descriptor.layout.digest(),
+        total_bytes(descriptor.layout),
+    )
+
+
+def check_header(header: bytes, descriptor: ArenaDescriptor) -> None:
+    """PoolError or StaleReference unless this memory is the arena that `descriptor` describes."""
+    if len(header) < _HEADER.size:
+        raise PoolError(f"{len(header)} bytes are no arena header")
+    magic, version, tier, instance, epoch, digest, size = _HEADER.unpack_from(header)
+    if magic != MAGIC:
+        raise PoolError("the mapped memory is no arena")
+    if version != VERSION:
+        raise PoolError(f"the arena has version {version}, this process knows version {VERSION}")
+    if (instance, tier) != (descriptor.instance, descriptor.tier):
+        raise PoolError(
+            f"the arena belongs to instance {instance}, tier {tier}; "
+            f"instance {descriptor.instance}, tier {descriptor.tier} was announced"
+        )
+    if epoch != descriptor.epoch:
+        raise StaleReference(
+            f"the arena of instance {instance} is of epoch {epoch}, "
+            f"epoch {descriptor.epoch} was announced"
+        )
+    if digest != descriptor.layout.digest() or size != total_bytes(descriptor.layout):
+        raise PoolError(f"the arena of instance {instance} has another layout than announced")

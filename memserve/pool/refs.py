@@ -1,0 +1,73 @@
+"""What names a KV block across processes, and what describes the arena that holds it.
+
+Values only: they travel in messages, compare by content and know no memory.
+"""
+
+import hashlib
+from enum import IntEnum
+from typing import Literal
+
+import msgspec
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class Tier(IntEnum):
+    """Where an arena lives: the device's own memory (on a CPU worker its arena), or host memory."""
+
+    HBM = 0
+    DRAM = 1
+
+
+class BlockRef(msgspec.Struct, frozen=True, array_like=True):
+    """One block's content during one life of its instance.
+
+    `epoch` counts the lives of the instance, `generation` the contents of the block (32 bits,
+    wrapping). A reference whose epoch or generation has passed names nothing any more.
+    """
+
+    instance: int
+    epoch: int
+    tier: int
+    block: int
+    generation: int
+
+
+class ArenaLayout(msgspec.Struct, frozen=True):
+    """Shape of an arena: [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]."""
+
+    num_blocks: int
+    num_layers: int
+    block_size: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: Literal["float32", "bfloat16", "float16"]
+
+    @property
+    def block_shape(self) -> tuple[int, int, int, int, int]:
+        """[num_layers, 2 (K, V), block_size, num_kv_heads, head_dim] of one block."""
+        return (self.num_layers, 2, self.block_size, self.num_kv_heads, self.head_dim)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block, K and V of all layers: one contiguous run."""
+        num_values = self.num_layers * 2 * self.block_size * self.num_kv_heads * self.head_dim
+        return num_values * DTYPE_BYTES[self.dtype]
+
+    def exchanges_with(self, other: "ArenaLayout") -> bool:
+        """Whether a block of `other` can be copied into this arena: all but num_blocks agrees."""
+        return self.block_shape == other.block_shape and self.dtype == other.dtype
+
+    def digest(self) -> bytes:
+        """16 bytes that differ for layouts that differ, the same in every process."""
+        return hashlib.blake2b(msgspec.json.encode(self), digest_size=16).digest()
+
+
+class ArenaDescriptor(msgspec.Struct, frozen=True):
+    """What a peer must know to map an arena; the file descriptor travels beside it."""
+
+    instance: int
+    epoch: int
+    tier: int
+    layout: ArenaLayout
+    backend: Literal["memfd"] = "memfd"

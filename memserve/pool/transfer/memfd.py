@@ -1,0 +1,171 @@
+"""Reads of peers' arenas on the same machine, through read-only maps of their anonymous memory.
+
+One copy per block at memory speed, without a word to the owner. The second look at a block's
+generation needs the compiled copy (`memserve/native/blocks.c`); without it only leased reads are
+allowed. No torch here.
+"""
+
+import ctypes
+import fcntl
+import logging
+import mmap
+import os
+from collections.abc import Sequence
+from typing import Protocol, final
+
+import numpy as np
+
+from memserve.errors import PoolError, StaleReference
+from memserve.pool.generations import GENERATION_MASK, NativeBlocks
+from memserve.pool.header import (
+    GENERATIONS_OFFSET,
+    PAGE_BYTES,
+    blocks_offset,
+    check_header,
+    total_bytes,
+)
+from memserve.pool.refs import ArenaDescriptor, BlockRef
+
+logger = logging.getLogger(__name__)
+
+
+class LocalArena(Protocol):
+    """What a transfer must know of the arena it copies into."""
+
+    descriptor: ArenaDescriptor
+    fd: int
+    address: int
+
+
+class _PeerArena:
+    """A read-only map; it stays for as long as somebody refers to this object."""
+
+    def __init__(self, descriptor: ArenaDescriptor, fd: int) -> None:
+        size = total_bytes(descriptor.layout)
+        try:
+            sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
+        except OSError as error:
+            raise PoolError(f"the descriptor is no sealed memory: {error}") from error
+        # A file that its owner could shrink would kill us in the middle of a copy.
+        if not sealed or os.fstat(fd).st_size != size:
+            raise PoolError(
+                f"the memory of instance {descriptor.instance} is not a sealed arena of "
+                f"{size} bytes, as its layout demands"
+            )
+        mapping = mmap.mmap(fd, size, mmap.MAP_SHARED | mmap.MAP_POPULATE, mmap.PROT_READ)
+        check_header(mapping[:PAGE_BYTES], descriptor)
+        self.descriptor = descriptor
+        self._bytes = np.frombuffer(mapping, dtype=np.uint8)  # keeps the map
+        self._table = np.frombuffer(
+            mapping, np.uint32, descriptor.layout.num_blocks, GENERATIONS_OFFSET
+        )
+        self.table_address = int(self._table.ctypes.data)
+        self.address = int(self._bytes.ctypes.data) + blocks_offset(descriptor.layout)
+
+    def generation(self, block: int) -> int:
+        return int(self._table[block])
+
+
+@final
+class MemfdTransfer:
+    """The backend `memfd` of `Transfer`."""
+
+    def __init__(self, arena: LocalArena, native: NativeBlocks | None) -> None:
+        self._arena = arena
+        self._native = native
+        self._peers: dict[tuple[int, int], _PeerArena] = {}  # by (instance, tier)
+        if native is None:
+            logger.warning("no compiled block copy: peers' blocks are read under a lease only")
+
+    @property
+    def needs_lease(self) -> bool:
+        """True where the copy that checks generations could not be compiled."""
+        return self._native is None
+
+    def export(self) -> tuple[ArenaDescriptor, int]:
+        """See `Transfer.export`."""
+        return self._arena.descriptor, self._arena.fd
+
+    def map(self, descriptor: ArenaDescriptor, fd: int) -> None:
+        """See `Transfer.map`."""
+        local = self._arena.descriptor.layout
+        if not local.exchanges_with(descriptor.layout):
+            raise PoolError(
+                f"instance {descriptor.instance} has blocks of another layout: "
+                f"{descriptor.layout}; here they are {local}"
+            )
+        epochs = {
+            p.descriptor.epoch for (i, _), p in self._peers.items() if i == descriptor.instance
+        }
+        if any(epoch > descriptor.epoch for epoch in epochs):
+            raise StaleReference(
+                f"instance {descriptor.instance} is at epoch {max(epochs)}, not {descriptor.epoch}"
+            )
+        peer = _PeerArena(descriptor, fd)
+        if any(epoch < descriptor.epoch for epoch in epochs):
+            self.release(descriptor.instance)
+        self._peers[descriptor.instance, descriptor.tier] = peer
+        logger.info(
+            "mapped the arena of instance %d, epoch %d", descriptor.instance, descriptor.epoch
+        )
+
+    def release(self, instance: int) -> None:
+        """See `Transfer.release`."""
+        for key in [key for key in self._peers if key[0] == instance]:
+            del self._peers[key]
+
+    def read(
+        self, refs: Sequence[BlockRef], into: Sequence[int], *, leased: bool = False
+    ) -> list[bool]:
+        """See `Transfer.read`."""
+        if len(refs) != len(into):
+            raise PoolError(f"{len(refs)} blocks can't be read into {len(into)}")
+        if self._native is None and not leased:
+            raise PoolError("without a compiled block copy only leased blocks can be read")
+        num_local = self._arena.descriptor.layout.num_blocks
+        if not all(0 <= block < num_local for block in into):
+            raise PoolError(f"a destination is outside the arena's {num_local} blocks")
+        by_peer: dict[_PeerArena, list[int]] = {}
+        for i, ref in enumerate(refs):
+            by_peer.setdefault(self._resolve(ref), []).append(i)
+        ok = [False] * len(refs)
+        for peer, places in by_peer.items():
+            chosen = [refs[i] for i in places]
+            for i, flag in zip(
+                places, self._copy(peer, chosen, [into[i] for i in places]), strict=True
+            ):
+                ok[i] = flag
+        return ok
+
+    def _resolve(self, ref: BlockRef) -> _PeerArena:
+        peer = self._peers.get((ref.instance, ref.tier))
+        if peer is None or peer.descriptor.epoch != ref.epoch:
+            known = "is not mapped" if peer is None else f"is at epoch {peer.descriptor.epoch}"
+            raise StaleReference(f"{ref}: instance {ref.instance} {known}")
+        if not 0 <= ref.block < peer.descriptor.layout.num_blocks:
+            raise StaleReference(f"{ref}: its arena has no such block")
+        if not 0 <= ref.generation <= GENERATION_MASK:
+            raise StaleReference(f"{ref}: a generation has 32 bits")
+        return peer
+
+    def _copy(self, peer: _PeerArena, refs: Sequence[BlockRef], into: Sequence[int]) -> list[bool]:
+        block_bytes = peer.descriptor.layout.block_bytes
+        if self._native is not None:
+            return self._native.copy(
+                self._arena.address,
+                np.array(into, dtype=np.int64),
+                peer.address,
+                np.array([ref.block for ref in refs], dtype=np.int64),
+                peer.table_address,
+                np.array([ref.generation for ref in refs], dtype=np.uint32),
+                block_bytes,
+            )
+        ok = []
+        for ref, block in zip(refs, into, strict=True):
+            ctypes.memmove(
+                self._arena.address + block * block_bytes,
+                peer.address + ref.block * block_bytes,
+                block_bytes,
+            )
+            ok.append(peer.generation(ref.block) == ref.generation)
+        return ok
