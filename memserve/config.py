@@ -3,7 +3,7 @@
 A field's default is the flag's default; its metadata holds the flag's help text and, where the
 type does not say it, the allowed choices. Every flag has an environment twin `MEMSERVE_<FIELD>` and
 may stand in the YAML or TOML file given by `--config`; a flag wins over the environment, which wins
-over the file. `EngineConfig` is the part that a worker process needs; it crosses the process border.
+over the file. `EngineConfig` is the part that a worker needs; it crosses the process border.
 
 This module reads no model and starts nothing.
 """

@@ -1,0 +1,89 @@
+"""Messages between two processes over a connected Unix socket, and descriptors over a second one.
+
+A `Channel` sends and receives the tagged structs of `memserve.messages` as MessagePack maps; msgpack
+does the framing, msgspec checks the types. What arrives is trusted to be memserve's own (both ends
+are ours, the socket pair has no name), but never executed: nothing here unpickles.
+
+Descriptors are sent before the message that announces them, so that whoever reads the message finds
+the descriptor waiting.
+"""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from typing import Any, Generic, TypeVar
+
+import msgpack
+import msgspec
+
+from memserve.errors import ChannelClosed
+
+READ_SIZE = 1 << 18
+MAX_FRAME = 1 << 28
+
+T = TypeVar("T")
+
+
+class Channel(Generic[T]):
+    """One end of a socket pair that carries messages of type `T` towards this process."""
+
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        incoming: Any,  # noqa: ANN401
+    ) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._incoming = incoming
+        self._unpacker = msgpack.Unpacker(strict_map_key=False, max_buffer_size=MAX_FRAME)
+
+    @classmethod
+    async def open(cls, sock: socket.socket, incoming: Any) -> "Channel[T]":  # noqa: ANN401
+        """Take over a connected stream socket; `incoming` is the union of types to expect."""
+        reader, writer = await asyncio.open_unix_connection(sock=sock)
+        return cls(reader, writer, incoming)
+
+    @property
+    def closing(self) -> bool:
+        """Whether this end is closed or the other end is known to have gone."""
+        return self._writer.is_closing()
+
+    def send(self, message: msgspec.Struct) -> None:
+        """Queue one message; never blocks. Raises `ChannelClosed` once the other end has gone."""
+        if self.closing:
+            raise ChannelClosed("the other process has closed the channel")
+        self._writer.write(msgpack.packb(msgspec.to_builtins(message)))
+
+    async def batches(self) -> AsyncIterator[list[T]]:
+        """Messages as they arrive, all that one read brought together; ends when the peer leaves."""
+        while True:
+            try:
+                data = await self._reader.read(READ_SIZE)
+            except ConnectionError:
+                return
+            if not data:
+                return
+            self._unpacker.feed(data)
+            yield [msgspec.convert(item, self._incoming) for item in self._unpacker]
+
+    async def close(self) -> None:
+        """Flush what is queued and close."""
+        self._writer.close()
+        try:
+            await self._writer.wait_closed()
+        except ConnectionError:
+            return
+
+
+def send_descriptor(sock: socket.socket, descriptor: int) -> None:
+    """Send one file descriptor over a datagram-like Unix socket."""
+    socket.send_fds(sock, [b"d"], [descriptor])
+
+
+def receive_descriptor(sock: socket.socket) -> int:
+    """The next file descriptor; the message that announced it has been read already."""
+    data, descriptors, _, _ = socket.recv_fds(sock, 1, 1)
+    if not data or not descriptors:
+        raise ChannelClosed("the other process left before it sent its descriptor")
+    return descriptors[0]

@@ -1,0 +1,155 @@
+"""One worker process as the launcher sees it: its life, its channel, its arena's descriptor."""
+
+import asyncio
+import os
+import socket
+import sys
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from memserve.channel import Channel, receive_descriptor, send_descriptor
+from memserve.config import EngineConfig
+from memserve.errors import ChannelClosed, UsageError
+from memserve.messages import (
+    Configure,
+    EngineStats,
+    MapPeer,
+    Ready,
+    Shutdown,
+    StartFailed,
+    ToLauncher,
+)
+from memserve.scheduler.placement import Load, Role
+
+STOP_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstancePlan:
+    """What to start: a role, and the cores whose threads are its own."""
+
+    role: Role
+    cores: Sequence[int]
+    engine: EngineConfig
+
+
+class Instance:
+    """A worker process; `epoch` counts its lives."""
+
+    def __init__(self, number: int, epoch: int, plan: InstancePlan) -> None:
+        self.number = number
+        self.epoch = epoch
+        self.plan = plan
+        self.load = Load(number, plan.role)
+        self.stats = EngineStats()
+        self.ready: Ready | None = None
+        self.process: asyncio.subprocess.Process | None = None
+        self._channel: Channel[ToLauncher] | None = None
+        self._descriptors: socket.socket | None = None
+        self._arena_descriptor: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Name for logs and metrics, such as `prefill-0`."""
+        return f"{self.plan.role}-{self.number}"
+
+    @property
+    def num_cache_tokens(self) -> int:
+        """Tokens whose KV its arena can hold."""
+        assert self.ready is not None
+        layout = self.ready.arena.layout
+        return layout.num_blocks * layout.block_size
+
+    async def spawn(self) -> None:
+        """Start the process and tell it what to run; `Ready` or `StartFailed` comes later."""
+        control, child_control = socket.socketpair()
+        descriptors, child_descriptors = socket.socketpair()
+        inherited = (child_control.fileno(), child_descriptors.fileno())
+        cores = ",".join(str(core) for core in self.plan.cores)
+        arguments = [*map(str, inherited), str(os.getpid()), cores]
+        with child_control, child_descriptors:
+            self.process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "memserve.workers.entry",
+                *arguments,
+                stdin=asyncio.subprocess.DEVNULL,
+                pass_fds=inherited,
+                env=os.environ | thread_environment(self.plan.engine.num_threads),
+            )
+        self._descriptors = descriptors
+        self._channel = await Channel.open(control, ToLauncher)
+        self.send(Configure(self.number, self.epoch, self.plan.engine))
+
+    async def messages(self) -> AsyncIterator[list[ToLauncher]]:
+        """What the worker sends, until it leaves."""
+        assert self._channel is not None
+        async for batch in self._channel.batches():
+            yield batch
+
+    async def wait_ready(self) -> None:
+        """Wait until the worker serves. Raises `UsageError` with its reason if it can't."""
+        async for batch in self.messages():
+            for message in batch:
+                match message:
+                    case Ready():
+                        assert self._descriptors is not None
+                        self._arena_descriptor = receive_descriptor(self._descriptors)
+                        self.ready = message
+                        return
+                    case StartFailed(reason):
+                        raise UsageError(reason)
+                    case _:
+                        raise AssertionError(f"unexpected before Ready: {message}")
+        raise UsageError(f"worker {self.name} ended while it started; its last words are above")
+
+    def send(self, message: msgspec.Struct) -> bool:
+        """Send one message; False if the worker has gone (its end is handled elsewhere)."""
+        assert self._channel is not None
+        try:
+            self._channel.send(message)
+        except ChannelClosed:
+            return False
+        return True
+
+    def introduce(self, peer: "Instance") -> None:
+        """Let the worker map a peer's arena."""
+        assert self._descriptors is not None
+        assert peer.ready is not None
+        assert peer._arena_descriptor is not None  # noqa: SLF001
+        send_descriptor(self._descriptors, peer._arena_descriptor)  # noqa: SLF001
+        self.send(MapPeer(peer.ready.arena))
+
+    async def stop(self) -> None:
+        """Ask the worker to leave, then insist; returns when the process has ended."""
+        if self.process is not None and self.process.returncode is None:
+            self.send(Shutdown())
+            try:
+                async with asyncio.timeout(STOP_TIMEOUT_S):
+                    await self.process.wait()
+            except TimeoutError:
+                self.process.kill()
+                await self.process.wait()
+        if self._channel is not None:
+            await self._channel.close()
+        if self._descriptors is not None:
+            self._descriptors.close()
+        if self._arena_descriptor is not None:
+            os.close(self._arena_descriptor)
+            self._arena_descriptor = None
+
+
+def thread_environment(num_threads: int) -> dict[str, str]:
+    """OpenMP settings of a worker; they must stand before the library loads.
+
+    Two threads that wait for each other do so spinning (sleeping doubles a step); one has no
+    barrier to wait at.
+    """
+    return {
+        "OMP_NUM_THREADS": str(num_threads),
+        "MKL_NUM_THREADS": str(num_threads),
+        "OMP_DYNAMIC": "FALSE",
+        "TOKENIZERS_PARALLELISM": "false",
+    }

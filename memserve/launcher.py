@@ -1,0 +1,194 @@
+"""One command from start to end: prepare the model, start the workers, serve, drain, leave.
+
+Everything that `memserve serve` can refuse is refused here with a `UsageError`, before or while the
+workers start; nothing is left behind however it ends.
+"""
+
+import asyncio
+import dataclasses
+import logging
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from aiohttp import web
+
+from memserve.cluster import Cluster
+from memserve.config import EngineConfig, ServeConfig, parse_size
+from memserve.errors import UsageError
+from memserve.instance import InstancePlan
+from memserve.machine import available_memory, divide_cores, has_fast_bf16, usable_cores
+from memserve.model.prepared import PreparedModel, ProgressLine, prepare_in_child
+from memserve.paths import cache_dir
+from memserve.scheduler.placement import Policy, Role
+from memserve.server import create_app
+from memserve.tokens import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+MAX_DEFAULT_CACHE = 2 << 30  # bytes a worker
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server that accepts requests."""
+
+    url: str
+    model_name: str
+    cluster: Cluster
+    app: web.Application
+
+
+def plan_instances(config: ServeConfig, prepared: PreparedModel) -> list[InstancePlan]:
+    """One plan per worker, prefill first; raises `UsageError` for what can't be done here."""
+    if config.device == "cuda":
+        raise UsageError("--device cuda is not supported yet: this release serves on CPU")
+    roles = choose_roles(config)
+    max_model_len = config.max_model_len or prepared.max_model_len
+    if not 1 < max_model_len <= prepared.max_model_len:
+        raise UsageError(
+            f"--max-model-len {max_model_len} is not between 2 and the model's own "
+            f"{prepared.max_model_len}"
+        )
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if has_fast_bf16() else "float32"
+    shares = divide_cores(usable_cores(), len(roles))
+    engine = EngineConfig(
+        weights=prepared.weights,
+        device="cpu",
+        dtype=dtype,
+        max_model_len=max_model_len,
+        block_size=config.block_size,
+        kv_cache_bytes=cache_bytes(config, len(roles)),
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        handover_timeout=config.handover_timeout,
+        num_threads=len(shares[0]),
+        log_level=config.log_level,
+    )
+    return [
+        InstancePlan(role=role, cores=cores, engine=engine)
+        for role, cores in zip(roles, shares, strict=True)
+    ]
+
+
+def choose_roles(config: ServeConfig) -> list[Role]:
+    """The workers' roles; one prefill and one decode worker if nothing is asked for."""
+    counts = (config.prefill, config.decode, config.mixed)
+    if any(count is not None and count < 0 for count in counts):
+        raise UsageError("--prefill, --decode and --mixed must not be negative")
+    num_prefill, num_decode, num_mixed = (count or 0 for count in counts)
+    if counts == (None, None, None):
+        num_prefill = num_decode = 1
+    if num_mixed == 0 and (num_prefill == 0 or num_decode == 0):
+        raise UsageError(
+            "somebody must prefill and somebody must decode: give --prefill and --decode, or --mixed"
+        )
+    return [Role.PREFILL] * num_prefill + [Role.DECODE] * num_decode + [Role.MIXED] * num_mixed
+
+
+def cache_bytes(config: ServeConfig, num_workers: int) -> int:
+    """Bytes of KV cache for each worker."""
+    if config.kv_cache_memory is not None:
+        return parse_size(config.kv_cache_memory)
+    return min(available_memory() // (8 * num_workers), MAX_DEFAULT_CACHE)
+
+
+@asynccontextmanager
+async def serving(
+    config: ServeConfig, prepared: PreparedModel, *, policy: Policy | None = None
+) -> AsyncIterator[Server]:
+    """A running server; leaving the context stops it and everything it started.
+
+    Raises `UsageError` if it can't start: a port in use, too little memory, a model that the engine
+    can't serve.
+    """
+    with listen(config.host, config.port) as sock:
+        plans = plan_instances(config, prepared)
+        cluster = Cluster(plans, max_num_queued_reqs=config.max_num_queued_reqs, policy=policy)
+        async with cluster.running():
+            prepared = limited(prepared, plans[0].engine, cluster)
+            model_name = config.served_model_name or prepared.name
+            app = create_app(cluster, Tokenizer.load(prepared), config, prepared, model_name)
+            runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
+            await runner.setup()
+            try:
+                site = web.SockSite(runner, sock, shutdown_timeout=config.shutdown_timeout)
+                await site.start()
+                host, port = sock.getsockname()[:2]
+                yield Server(f"http://{host}:{port}", model_name, cluster, app)
+            finally:
+                await runner.cleanup()
+
+
+def limited(prepared: PreparedModel, engine: EngineConfig, cluster: Cluster) -> PreparedModel:
+    """The model with the length that can be served: as configured, and as the KV cache allows."""
+    limit = min(engine.max_model_len, cluster.max_sequence_tokens)
+    if limit < engine.max_model_len:
+        logger.warning(
+            "the KV cache of a worker holds %d tokens: longer requests than that are refused "
+            "(raise --kv-cache-memory for the model's %d)",
+            limit,
+            engine.max_model_len,
+        )
+    return dataclasses.replace(prepared, max_model_len=limit)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises `UsageError` in one sentence if the address can't be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UsageError(f"can't listen on {host}:{port}: {reason}") from None
+
+
+def serve(model: str | None, config: ServeConfig) -> None:
+    """Run `memserve serve` until a signal ends it."""
+    import uvloop
+
+    progress = ProgressLine(sys.stderr)
+    try:
+        prepared = prepare_in_child(model, cache=cache_dir(), progress=progress)
+    finally:
+        progress.close()
+    uvloop.run(_serve(config, prepared))
+
+
+async def _serve(config: ServeConfig, prepared: PreparedModel) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    async with serving(config, prepared) as server:
+        announce(server, config)
+        await stop.wait()
+        logger.info("stopping")
+
+
+def announce(server: Server, config: ServeConfig) -> None:
+    """Tell the operator where the server is, with a command that works."""
+    key = " -H 'Authorization: Bearer $MEMSERVE_API_KEY'" if config.api_key else ""
+    body = f'{{"model": "{server.model_name}", "messages": [{{"role": "user", "content": "Hi!"}}]}}'
+    curl = (
+        f"curl {server.url}/v1/chat/completions{key} "
+        f"-H 'Content-Type: application/json' -d '{body}'"
+    )
+    sys.stdout.write(f"memserve serves {server.model_name} at {server.url}\ntry: {curl}\n")
+    sys.stdout.flush()
+
+
+def read_template(path: str | None) -> str | None:
+    """The chat template in a file, if one was given."""
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"can't read the chat template {path}: {error}") from None

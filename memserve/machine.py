@@ -1,0 +1,43 @@
+"""What this machine offers: cores, memory, processor features. Linux only."""
+
+import os
+from pathlib import Path
+
+CPUINFO = Path("/proc/cpuinfo")
+MEMINFO = Path("/proc/meminfo")
+BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
+
+
+def usable_cores() -> list[int]:
+    """Numbers of the cores that this process may run on."""
+    return sorted(os.sched_getaffinity(0))
+
+
+def has_fast_bf16() -> bool:
+    """Whether the processor multiplies bfloat16 matrices in hardware."""
+    flags: set[str] = set()
+    for line in CPUINFO.read_text().splitlines():
+        if line.startswith("flags"):
+            flags = set(line.split(":", 1)[1].split())
+            break
+    return bool(flags & BF16_FLAGS)
+
+
+def available_memory() -> int:
+    """Bytes that new processes can use without swapping, as the kernel estimates."""
+    for line in MEMINFO.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"{MEMINFO} doesn't say how much memory is available")
+
+
+def divide_cores(cores: list[int], num_workers: int) -> list[list[int]]:
+    """Cores of each worker: disjoint shares while there are enough, else shared round robin.
+
+    More threads than cores make a step many times slower, so a worker never has more threads than
+    its list is long.
+    """
+    if num_workers >= len(cores):
+        return [[cores[worker % len(cores)]] for worker in range(num_workers)]
+    share = len(cores) // num_workers
+    return [cores[worker * share : (worker + 1) * share] for worker in range(num_workers)]

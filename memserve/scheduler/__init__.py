@@ -1,0 +1,1 @@
+"""Where a request runs: pure decisions over numbers, no I/O and no torch."""

@@ -1,0 +1,41 @@
+"""Who holds blocks, by ticket, so that an old claim can take from a young one.
+
+Everything that holds blocks of the pool on behalf of a request stands here with a way to make it give
+them up: running sequences, prompts waiting to be handed over, room reserved for incoming ones. One
+rule then keeps the pool from deadlock: the oldest ticket can always get what it needs.
+"""
+
+from collections.abc import Callable
+
+from memserve.errors import OutOfBlocks
+from memserve.pool.mempool import MemPool
+
+
+class Claims:
+    """Allocates blocks for tickets, taking them from younger tickets when the pool is exhausted."""
+
+    def __init__(self, pool: MemPool) -> None:
+        self._pool = pool
+        self._give_up_by_ticket: dict[int, Callable[[], None]] = {}
+
+    def hold(self, ticket: int, give_up: Callable[[], None]) -> None:
+        """Record that a ticket holds blocks; `give_up` must free them and call `drop`."""
+        self._give_up_by_ticket[ticket] = give_up
+
+    def drop(self, ticket: int) -> None:
+        """Record that a ticket holds no blocks any more."""
+        self._give_up_by_ticket.pop(ticket, None)
+
+    def allocate(self, num_blocks: int, *, above: int) -> list[int] | None:
+        """Blocks from the pool, or else from tickets younger than `above`, the youngest first.
+
+        None when even that isn't enough now (blocks of older tickets, or in flight).
+        """
+        while True:
+            try:
+                return self._pool.alloc_mem(num_blocks)
+            except OutOfBlocks:
+                youngest = max(self._give_up_by_ticket, default=above)
+                if youngest <= above:
+                    return None
+                self._give_up_by_ticket[youngest]()

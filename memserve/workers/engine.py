@@ -1,0 +1,263 @@
+"""The engine of one worker: receive, schedule, run, absorb, send.
+
+One instance serves prompts and answers alike; what it is sent decides what it does. All state of the
+pool, the index and the sequences belongs to the thread that calls `run`. Every ticket that was
+submitted ends here in exactly one way: its last token, a handover that the launcher settled, a
+rejection, or an abort.
+"""
+
+import logging
+import queue
+import time
+from array import array
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from typing import assert_never
+
+from memserve.config import EngineConfig
+from memserve.messages import (
+    Abort,
+    Configure,
+    EngineStats,
+    Expect,
+    Heartbeat,
+    Inspect,
+    Inspection,
+    MapPeer,
+    Published,
+    ResetPrefixCache,
+    Settle,
+    Shutdown,
+    Submit,
+    TierStats,
+    TokenEvent,
+    Tokens,
+)
+from memserve.model.sampling import Sampled
+from memserve.pool.mempool import MemPool
+from memserve.workers.batching import Batcher
+from memserve.workers.claims import Claims
+from memserve.workers.handover import Arrivals, Departures, StartCopy
+from memserve.workers.link import CopyDone, Event, Hangup, Link
+from memserve.workers.runner import Runner
+from memserve.workers.sequence import Sequence, Slice
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_S = 1.0
+
+
+class Engine:
+    """Runs the sequences of one instance."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        link: Link,
+        pool: MemPool,
+        runner: Runner,
+        *,
+        eos_token_ids: frozenset[int],
+        start_copy: StartCopy,
+        map_peer: Callable[[MapPeer], None],
+    ) -> None:
+        self._link = link
+        self._pool = pool
+        self._runner = runner
+        self._eos_token_ids = eos_token_ids
+        self._map_peer = map_peer
+        claims = Claims(pool)
+        self._batcher = Batcher(
+            pool,
+            claims,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+        )
+        timeout = config.handover_timeout
+        self._departures = Departures(pool, self._batcher, claims, link.send, timeout=timeout)
+        self._arrivals = Arrivals(
+            pool,
+            self._batcher,
+            claims,
+            link.send,
+            start_copy,
+            max_num_seqs=config.max_num_seqs,
+            timeout=timeout,
+        )
+        self._stopping = False
+        self._num_steps = 0
+        self._num_prefill_tokens = 0
+        self._num_decode_tokens = 0
+        self._next_heartbeat = 0.0
+
+    def run(self) -> None:
+        """Serve until the launcher says so or has gone."""
+        busy = True
+        while not self._stopping:
+            busy = self.step(wait=not busy)
+
+    def step(self, *, wait: bool = False) -> bool:
+        """One turn of the loop; False if there was nothing to compute.
+
+        With `wait`, sleeps until something arrives or a deadline wants attention.
+        """
+        self._receive(wait=wait)
+        now = time.monotonic()
+        self._departures.expire(now)
+        self._arrivals.expire(now)
+        self._arrivals.reserve()
+        slices = self._batcher.schedule()
+        if slices:
+            self._absorb(slices, self._runner.run(slices))
+        self._beat(now)
+        return bool(slices)
+
+    def _receive(self, *, wait: bool) -> None:
+        """Handle everything that has arrived; with `wait`, sleep until something does."""
+        inbox = self._link.inbox
+        if wait and inbox.empty():
+            try:
+                self._handle(inbox.get(timeout=self._patience()))
+            except queue.Empty:
+                return
+        while not inbox.empty():
+            self._handle(inbox.get())
+
+    def _patience(self) -> float:
+        """Seconds that an idle engine may sleep before a deadline or a heartbeat wants it."""
+        return 0.05 if self._departures or self._arrivals else HEARTBEAT_S
+
+    def _handle(self, event: Event) -> None:
+        match event:
+            case Submit():
+                self._submit(event)
+            case Expect():
+                self._arrivals.expect(event)
+            case Published():
+                self._arrivals.published(event, time.monotonic())
+            case CopyDone():
+                self._arrivals.copied(event)
+            case Settle():
+                self._settle(event)
+            case Abort(ticket):
+                self._departures.abort(ticket)
+                self._arrivals.abort(ticket)
+                self._batcher.abort(ticket)
+            case MapPeer():
+                self._map_peer(event)
+            case Inspect(query):
+                self._link.send(Inspection(query, self.stats(), self.audit()))
+            case ResetPrefixCache():
+                self._pool.reset()
+            case Shutdown() | Hangup():
+                self._stopping = True
+            case Configure():
+                raise AssertionError("a worker is configured once")
+            case _:
+                assert_never(event)
+
+    def _submit(self, message: Submit) -> None:
+        self._batcher.add(
+            Sequence(
+                ticket=message.ticket,
+                choice=message.choice,
+                tokens=array("i", message.prompt),
+                num_prompt_tokens=len(message.prompt),
+                sampling=message.sampling,
+                cache_salt=message.cache_salt,
+                decode_on=message.decode_on,
+            )
+        )
+
+    def _settle(self, message: Settle) -> None:
+        if self._departures.settle(message.ticket, accepted=message.accepted):
+            return
+        if message.accepted:  # withdrawn here, but the decode instance was first
+            self._batcher.abort(message.ticket)
+        else:  # declined before its prefill has ended
+            self._batcher.keep(message.ticket)
+
+    def _absorb(self, slices: list[Slice], sampled: list[Sampled]) -> None:
+        """Record what a step computed, in the order of its slices, and send its tokens."""
+        events: list[TokenEvent] = []
+        results = iter(sampled)
+        prefilled: list[Sequence] = []
+        self._num_steps += 1
+        for part in slices:
+            sequence = part.sequence
+            samples, prefilling = part.samples, sequence.prefilling
+            sequence.num_computed += part.num_tokens
+            if prefilling:
+                self._num_prefill_tokens += part.num_tokens
+                prefilled.append(sequence)
+            else:
+                self._num_decode_tokens += 1
+            if samples:
+                events.append(self._append(sequence, next(results)))
+        if events:
+            self._link.send(Tokens(events))
+        now = time.monotonic()
+        finished = {event.ticket for event in events if event.finish is not None}
+        for sequence in prefilled:
+            if sequence.ticket not in finished:
+                self._batcher.share(sequence)
+                if sequence.decode_on is not None:
+                    self._departures.publish(sequence, now)
+
+    def _append(self, sequence: Sequence, sampled: Sampled) -> TokenEvent:
+        """Add a sampled token to its sequence and end the sequence if it was the last."""
+        sequence.tokens.append(sampled.token)
+        position = sequence.num_outputs - 1
+        finish = sequence.finish_reason(self._eos_token_ids)
+        if finish is not None:
+            self._batcher.finish(sequence)
+        return TokenEvent(
+            ticket=sequence.ticket,
+            position=position,
+            token=sampled.token,
+            finish=finish,
+            logprob=sampled.logprob,
+            top=tuple(sampled.top),
+            num_cached_tokens=sequence.num_cached_tokens if position == 0 else 0,
+        )
+
+    def _beat(self, now: float) -> None:
+        if now >= self._next_heartbeat:
+            self._next_heartbeat = now + HEARTBEAT_S
+            self._link.send(Heartbeat(self.stats()))
+
+    def audit(self) -> list[str]:
+        """Recount every block from scratch; the problems found, none when the books are right."""
+        holdings: dict[str, Items[int]] = {"arrivals": self._arrivals.blocks}
+        for sequence in (*self._batcher.running, *self._departures.sequences):
+            holdings[f"ticket {sequence.ticket}"] = sequence.blocks
+        return self._pool.audit(holdings)
+
+    def stats(self) -> EngineStats:
+        """Counters since start and gauges of now."""
+        pool = self._pool.stats()
+        return EngineStats(
+            num_running=len(self._batcher.running),
+            num_waiting=len(self._batcher.waiting),
+            num_incoming=len(self._arrivals),
+            num_steps=self._num_steps,
+            num_preemptions=self._batcher.num_preemptions,
+            num_prefill_tokens=self._num_prefill_tokens,
+            num_decode_tokens=self._num_decode_tokens,
+            num_cached_tokens=pool.hit_tokens,
+            num_queried_tokens=pool.queried_tokens,
+            num_pulled_blocks=self._arrivals.num_pulled_blocks,
+            num_pulled_bytes=self._arrivals.num_pulled_blocks
+            * self._pool.descriptor.layout.block_bytes,
+            num_failed_pulls=self._arrivals.num_failed_pulls,
+            num_handovers=self._arrivals.num_handovers,
+            num_declined=self._arrivals.num_declined,
+            num_evictions=pool.evictions,
+            hbm=TierStats(
+                total=pool.total,
+                free=pool.free,
+                active=pool.active,
+                historical=pool.historical,
+                in_flight=pool.in_flight,
+            ),
+        )

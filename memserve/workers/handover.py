@@ -1,0 +1,284 @@
+"""Prefill here, decode there: both ends of a handover.
+
+`Departures` belongs to the prefill side: it publishes a prompt's blocks as its chunks are computed
+and keeps them until the launcher settles who decodes. `Arrivals` belongs to the decode side: it
+reserves room for a whole prompt, all or nothing and in ticket order, once its prefill has started;
+pulls the blocks that its own index lacks; and hands the finished sequence to the batcher.
+
+Nothing here waits: every call returns at once, deadlines are looked at by `expire`. When a peer's
+message never comes, a deadline settles the matter, and the prefill side decodes by itself.
+"""
+
+import logging
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import msgspec
+
+from memserve.messages import Declined, Expect, Published, Pulled, Withdrawn
+from memserve.pool.mempool import MemPool
+from memserve.pool.refs import BlockRef
+from memserve.workers.batching import Batcher
+from memserve.workers.claims import Claims
+from memserve.workers.link import CopyDone
+from memserve.workers.sequence import Sequence
+
+logger = logging.getLogger(__name__)
+
+Send = Callable[[msgspec.Struct], None]
+StartCopy = Callable[[int, list[int], list[BlockRef], list[int]], None]
+"""Copy (ticket, numbers of blocks, their references, into these local blocks) in the background."""
+
+
+class Departures:
+    """Prompts computed here that another instance is to decode."""
+
+    def __init__(
+        self, pool: MemPool, batcher: Batcher, claims: Claims, send: Send, *, timeout: float
+    ) -> None:
+        self._pool = pool
+        self._batcher = batcher
+        self._claims = claims
+        self._send = send
+        self._timeout = timeout
+        self._leaving: dict[int, tuple[Sequence, float]] = {}
+
+    def __len__(self) -> int:
+        return len(self._leaving)
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """The sequences that wait for their decode instance."""
+        return [sequence for sequence, _ in self._leaving.values()]
+
+    def publish(self, sequence: Sequence, now: float) -> None:
+        """Tell the decode instance of the blocks that are complete since the last call.
+
+        After the prompt's last chunk (the first token is known then) that includes the block that is
+        not full, and the sequence leaves the batch until `settle`.
+        """
+        done = sequence.num_outputs > 0
+        end = len(sequence.blocks) if done else sequence.num_computed // self._pool.block_size
+        if end > sequence.num_published or done:
+            refs = self._pool.refs(sequence.blocks[sequence.num_published : end])
+            first_token = sequence.tokens[-1] if done else None
+            self._send(Published(sequence.ticket, sequence.num_published, refs, first_token))
+            sequence.num_published = end
+        if done:
+            self._batcher.suspend(sequence)
+            self._leaving[sequence.ticket] = (sequence, now + 2 * self._timeout)
+            self._claims.hold(sequence.ticket, lambda: self._withdraw(sequence))
+
+    def settle(self, ticket: int, *, accepted: bool) -> bool:
+        """The launcher's word on who decodes; True if the ticket was waiting for it here."""
+        if ticket not in self._leaving:
+            return False
+        sequence, _ = self._leaving.pop(ticket)
+        if accepted:
+            self._release(sequence)
+        else:
+            self._keep(sequence)
+        return True
+
+    def abort(self, ticket: int) -> None:
+        """Forget a ticket."""
+        if ticket in self._leaving:
+            self._release(self._leaving.pop(ticket)[0])
+
+    def expire(self, now: float) -> None:
+        """Take back what nobody has settled in time."""
+        for sequence, deadline in list(self._leaving.values()):
+            if now >= deadline:
+                logger.warning("ticket %d: its handover was never settled", sequence.ticket)
+                del self._leaving[sequence.ticket]
+                self._send(Withdrawn(sequence.ticket))
+                self._keep(sequence)
+
+    def _keep(self, sequence: Sequence) -> None:
+        sequence.decode_on = None
+        self._batcher.run(sequence)
+
+    def _withdraw(self, sequence: Sequence) -> None:
+        """An older claim needs the blocks: compute the prompt again later, and decode it here."""
+        del self._leaving[sequence.ticket]
+        self._send(Withdrawn(sequence.ticket))
+        self._release(sequence)
+        sequence.decode_on = None
+        self._batcher.add(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        self._claims.drop(sequence.ticket)
+        self._batcher.release(sequence)
+
+
+@dataclass(slots=True, eq=False)
+class Arrival:
+    """A prompt that another instance is computing for this one."""
+
+    expect: Expect
+    refs: list[BlockRef] = field(default_factory=list)
+    """References of the prompt's blocks so far, from its first block on."""
+    first_token: int | None = None
+    deadline: float | None = None
+    """Until when to wait for room; set when the prefill is known to have started."""
+    blocks: list[int] = field(default_factory=list)
+    """Reserved local blocks, the matched ones first; empty: no room yet."""
+    num_asked: int = 0
+    """Blocks that are matched or whose copy was started."""
+    num_missing: int = 0
+    """Copies started and not yet verified."""
+
+
+class Arrivals:
+    """Room reserved and blocks pulled for prompts that other instances compute."""
+
+    def __init__(
+        self,
+        pool: MemPool,
+        batcher: Batcher,
+        claims: Claims,
+        send: Send,
+        start_copy: StartCopy,
+        *,
+        max_num_seqs: int,
+        timeout: float,
+    ) -> None:
+        self._pool = pool
+        self._batcher = batcher
+        self._claims = claims
+        self._send = send
+        self._start_copy = start_copy
+        self._max_num_seqs = max_num_seqs
+        self._timeout = timeout
+        self._arrivals: dict[int, Arrival] = {}
+        self.num_handovers = 0
+        self.num_declined = 0
+        self.num_failed_pulls = 0
+        self.num_pulled_blocks = 0
+
+    def __len__(self) -> int:
+        return len(self._arrivals)
+
+    @property
+    def blocks(self) -> list[int]:
+        """The blocks that all arrivals hold references to."""
+        return [block for arrival in self._arrivals.values() for block in arrival.blocks]
+
+    def expect(self, message: Expect) -> None:
+        """A prompt will come; no room is kept until its prefill has started."""
+        self._arrivals[message.ticket] = Arrival(message)
+
+    def published(self, message: Published, now: float) -> None:
+        """Blocks of an expected prompt can be pulled."""
+        arrival = self._arrivals.get(message.ticket)
+        if arrival is None:
+            return  # declined or aborted meanwhile
+        del arrival.refs[message.first_block :]
+        arrival.refs.extend(message.refs)
+        arrival.first_token = message.first_token
+        if arrival.deadline is None:
+            arrival.deadline = now + self._timeout
+        if arrival.blocks:
+            self._pull(arrival)
+
+    def copied(self, done: CopyDone) -> None:
+        """A copy has ended: count it, or give up if a block changed under it."""
+        self._pool.end_io(done.into)
+        arrival = self._arrivals.get(done.ticket)
+        if arrival is None:
+            return
+        arrival.num_missing -= len(done.indexes)
+        if not all(done.verified):
+            self.num_failed_pulls += 1
+            self._decline(arrival, "a published block changed before it was read")
+        else:
+            self.num_pulled_blocks += len(done.indexes)
+            self._join(arrival)
+
+    def reserve(self) -> None:
+        """Reserve room for those whose prefill has started, in ticket order, as far as it goes."""
+        for ticket in sorted(self._arrivals):
+            arrival = self._arrivals.get(ticket)  # an older one may have taken its room meanwhile
+            if arrival is None or arrival.blocks or arrival.deadline is None:
+                continue
+            if not self._reserve(arrival):
+                return
+            self._pull(arrival)
+
+    def expire(self, now: float) -> None:
+        """Decline those that have waited for room for too long."""
+        for arrival in list(self._arrivals.values()):
+            if not arrival.blocks and arrival.deadline is not None and now >= arrival.deadline:
+                self._decline(arrival, "no room in time")
+
+    def abort(self, ticket: int) -> None:
+        """Forget a ticket."""
+        if ticket in self._arrivals:
+            self._release(self._arrivals[ticket])
+
+    def _reserve(self, arrival: Arrival) -> bool:
+        reserved = sum(1 for other in self._arrivals.values() if other.blocks)
+        if len(self._batcher.running) + reserved >= self._max_num_seqs:
+            return False
+        expect = arrival.expect
+        match = self._pool.match(expect.prompt[:-1], expect.cache_salt)
+        num_blocks = -(-(len(expect.prompt) + 1) // self._pool.block_size)
+        blocks = self._claims.allocate(num_blocks - len(match.blocks), above=expect.ticket)
+        if blocks is None:
+            match.release()
+            return False
+        arrival.num_asked = len(match.blocks)
+        arrival.blocks = match.commit() + blocks
+        self._claims.hold(
+            expect.ticket, lambda: self._decline(arrival, "an older request needs the room")
+        )
+        return True
+
+    def _pull(self, arrival: Arrival) -> None:
+        """Start copying the published blocks that are neither here nor on their way."""
+        start, end = arrival.num_asked, len(arrival.refs)
+        if start < end:
+            into = arrival.blocks[start:end]
+            self._pool.begin_io(into)
+            arrival.num_asked = end
+            arrival.num_missing += end - start
+            ticket = arrival.expect.ticket
+            self._start_copy(ticket, list(range(start, end)), arrival.refs[start:end], into)
+        else:
+            self._join(arrival)
+
+    def _join(self, arrival: Arrival) -> None:
+        """Run the sequence here once all of its prompt is."""
+        if arrival.first_token is None or arrival.num_missing > 0:
+            return
+        expect = arrival.expect
+        self._forget(arrival)
+        self.num_handovers += 1
+        self._send(Pulled(expect.ticket))
+        sequence = Sequence(
+            ticket=expect.ticket,
+            choice=expect.choice,
+            tokens=array("i", [*expect.prompt, arrival.first_token]),
+            num_prompt_tokens=len(expect.prompt),
+            sampling=expect.sampling,
+            cache_salt=expect.cache_salt,
+            num_computed=len(expect.prompt),
+            blocks=array("i", arrival.blocks),
+        )
+        self._batcher.run(sequence)
+        self._batcher.share(sequence)
+
+    def _decline(self, arrival: Arrival, reason: str) -> None:
+        self.num_declined += 1
+        logger.info("ticket %d: handover declined: %s", arrival.expect.ticket, reason)
+        self._send(Declined(arrival.expect.ticket, reason))
+        self._release(arrival)
+
+    def _release(self, arrival: Arrival) -> None:
+        self._forget(arrival)
+        self._pool.free_mem(arrival.blocks)
+
+    def _forget(self, arrival: Arrival) -> None:
+        del self._arrivals[arrival.expect.ticket]
+        self._claims.drop(arrival.expect.ticket)

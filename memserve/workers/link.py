@@ -1,0 +1,90 @@
+"""The worker's I/O thread: frames in and out while the engine computes.
+
+The engine loop and everything that happens beside it meet at one queue, `Link.inbox`: messages from
+the launcher, ends of copies (put there by the copy thread), and `Hangup` when the launcher has gone.
+"""
+
+import asyncio
+import queue
+import socket
+import threading
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import msgspec
+
+from memserve.channel import Channel
+from memserve.messages import ToWorker
+
+
+@dataclass(frozen=True, slots=True)
+class Hangup:
+    """The launcher's end of the channel is closed."""
+
+
+@dataclass(frozen=True, slots=True)
+class CopyDone:
+    """A copy has ended, well or not: `verified[i]` tells about `indexes[i]`."""
+
+    ticket: int
+    indexes: list[int]
+    """Numbers of the blocks within the sequence."""
+    into: list[int]
+    """The arena blocks that were written."""
+    verified: list[bool]
+
+
+Event: TypeAlias = ToWorker | CopyDone | Hangup
+
+
+class Link:
+    """Runs the channel on its own thread; `send` and `inbox` are safe to use from the engine loop."""
+
+    def __init__(self, control: socket.socket) -> None:
+        self.inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._control = control
+        self._loop = asyncio.new_event_loop()
+        self._channel: Channel[ToWorker] | None = None
+        self._opened = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="memserve-io", daemon=True)
+
+    def start(self) -> None:
+        """Open the channel; returns when messages can be sent."""
+        self._thread.start()
+        self._opened.wait()
+
+    def send(self, message: msgspec.Struct) -> None:
+        """Send one message; when the launcher has gone, `Hangup` is in the inbox instead."""
+        with suppress(RuntimeError):  # the thread has ended, and its loop with it
+            self._loop.call_soon_threadsafe(self._send, message)
+
+    def close(self) -> None:
+        """Flush what was sent and end the thread."""
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(lambda: self._loop.create_task(self._close()))
+        self._thread.join(timeout=5)
+
+    def _send(self, message: msgspec.Struct) -> None:
+        assert self._channel is not None
+        if not self._channel.closing:
+            self._channel.send(message)
+
+    async def _close(self) -> None:
+        if self._channel is not None:
+            await self._channel.close()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_until_complete(self._read())
+        finally:
+            self._loop.close()
+            self.inbox.put(Hangup())
+
+    async def _read(self) -> None:
+        self._channel = await Channel.open(self._control, ToWorker)
+        self._opened.set()
+        async for batch in self._channel.batches():
+            for message in batch:
+                self.inbox.put(message)

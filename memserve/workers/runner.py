@@ -1,0 +1,70 @@
+"""One step on the device: slices of sequences in, sampled tokens out.
+
+Turns the bookkeeping of a step into tensors, runs the model over the arena, and samples. Holds no
+state between steps.
+"""
+
+from collections.abc import Sequence as Items
+
+import numpy as np
+import torch
+
+from memserve.model.loading import Model
+from memserve.model.sampling import Sampled, SampleRow, sample
+from memserve.model.step import StepInput
+from memserve.workers.sequence import Sequence, Slice
+
+
+class Runner:
+    """Computes steps of one model over one arena."""
+
+    def __init__(self, model: Model, arena: torch.Tensor) -> None:
+        self._model = model
+        self._arena = arena
+
+    def run(self, slices: Items[Slice]) -> list[Sampled]:
+        """Write the KV of all slices and sample for those that end at their newest token.
+
+        Returns one `Sampled` per sampling slice, in the order of the slices.
+        """
+        logits = self._model.forward(step_input(slices), self._arena)
+        return sample(logits, [sample_row(part.sequence) for part in slices if part.samples])
+
+
+def step_input(slices: Items[Slice]) -> StepInput:
+    """The tensors of a step; shapes stand in `StepInput`."""
+    counts = np.array([part.num_tokens for part in slices], np.int32)
+    starts = np.array([part.sequence.num_computed for part in slices], np.int32)
+    query_start = np.zeros(len(slices) + 1, np.int32)
+    np.cumsum(counts, out=query_start[1:])
+    token_ids = np.empty(query_start[-1], np.int64)
+    width = max(len(part.sequence.blocks) for part in slices)
+    block_table = np.zeros((len(slices), width), np.int32)
+    for row, part in enumerate(slices):
+        sequence = part.sequence
+        end = sequence.num_computed + part.num_tokens
+        tokens = np.frombuffer(sequence.tokens, np.int32)
+        token_ids[query_start[row] : query_start[row + 1]] = tokens[sequence.num_computed : end]
+        block_table[row, : len(sequence.blocks)] = np.frombuffer(sequence.blocks, np.int32)
+    first = np.repeat(starts - query_start[:-1], counts)
+    positions = first.astype(np.int64) + np.arange(query_start[-1])
+    sampling = np.array([part.samples for part in slices], np.bool_)
+    return StepInput(
+        token_ids=torch.from_numpy(token_ids),
+        positions=torch.from_numpy(positions),
+        query_start=torch.from_numpy(query_start),
+        kv_len=torch.from_numpy(starts + counts),
+        block_table=torch.from_numpy(block_table),
+        output_rows=torch.from_numpy(query_start[1:][sampling].astype(np.int64) - 1),
+    )
+
+
+def sample_row(sequence: Sequence) -> SampleRow:
+    """What the sampler needs to know to draw the next token of a sequence."""
+    return SampleRow(
+        sampling=sequence.sampling,
+        choice=sequence.choice,
+        position=sequence.num_outputs,
+        prompt=sequence.tokens[: sequence.num_prompt_tokens],
+        output=sequence.tokens[sequence.num_prompt_tokens :],
+    )

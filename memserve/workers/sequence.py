@@ -1,0 +1,71 @@
+"""One choice of one request as the engine sees it: its tokens, its blocks, how far it is computed."""
+
+from array import array
+from dataclasses import dataclass, field
+
+from memserve.messages import SamplingParams
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Sequence:
+    """A prompt and its answer so far.
+
+    `tokens` holds both; the KV of the first `num_computed` of them lies in `blocks`, in order. The
+    last token of a running sequence never has KV yet: computing it yields the next one.
+    """
+
+    ticket: int
+    choice: int
+    tokens: "array[int]"
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    cache_salt: str = ""
+    decode_on: int | None = None
+    """Instance that will decode it, once the prompt is computed; None: this one."""
+    num_computed: int = 0
+    blocks: "array[int]" = field(default_factory=lambda: array("i"))
+    num_cached_tokens: int = 0
+    """Prompt tokens whose prefill was skipped at first admission."""
+    num_published: int = 0
+    """Blocks that the decode instance has been told of."""
+
+    @property
+    def num_outputs(self) -> int:
+        """Tokens generated so far."""
+        return len(self.tokens) - self.num_prompt_tokens
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens that have no KV yet: 1 while decoding, more while prefilling."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether more than the newest token is still to be computed."""
+        return self.num_pending > 1 or self.num_outputs == 0
+
+    def finish_reason(self, eos_token_ids: frozenset[int]) -> str | None:
+        """Why the newest token is the last one: `stop`, `length`, or None when it isn't.
+
+        `max_tokens` is never more than the model's length allows; the front end sees to that. Before
+        `min_tokens` the sampler can't draw a stopping token.
+        """
+        newest = self.tokens[-1]
+        if newest in self.sampling.stop_token_ids:
+            return "stop"
+        if newest in eos_token_ids and not self.sampling.ignore_eos:
+            return "stop"
+        return "length" if self.num_outputs >= self.sampling.max_tokens else None
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """The part of a sequence that one step computes."""
+
+    sequence: Sequence
+    num_tokens: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the step yields a new token of the sequence."""
+        return self.num_tokens == self.sequence.num_pending
