@@ -42,9 +42,10 @@ def load_library(
     libraries: Sequence[Path] = (),
     directory: Path | None = None,
 ) -> ctypes.CDLL | None:
-    """Compile `sources` (file names in memserve/native) unless cached, and load the result.
+    """Compile `sources` unless cached, and load the result.
 
-    `name` is the stem of the cached file. `flags` follow the base flags, e.g. `-fopenmp` or
+    `sources` are file names in memserve/native (an absolute path is taken as it is), `name` is the
+    stem of the cached file. `flags` follow the base flags, e.g. `-fopenmp` or
     `-std=c++17`. `libraries` are shared libraries to link by path; their folders become the run
     path, so that a library bundled with a wheel is found again. `directory` holds the cache
     (default: `native` under the cache folder; a private temporary folder if that can't be
