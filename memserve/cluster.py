@@ -17,7 +17,7 @@ from typing import assert_never
 
 from memserve.errors import InvalidRequest, Overloaded, RequestError, RequestFailed
 from memserve.generation import ChoiceToken, Generation
-from memserve.instance import Instance, InstancePlan
+from memserve.instance import Instance, InstancePlan, Spawn, spawn_process
 from memserve.messages import (
     Abort,
     Declined,
@@ -74,9 +74,14 @@ class Cluster:
     """Serves generations on a set of workers; implements `memserve.generation.Generator`."""
 
     def __init__(
-        self, plans: list[InstancePlan], *, max_num_queued_reqs: int, policy: Policy | None = None
+        self,
+        plans: list[InstancePlan],
+        *,
+        max_num_queued_reqs: int,
+        policy: Policy | None = None,
+        spawn: Spawn = spawn_process,
     ) -> None:
-        self.instances = [Instance(number, 1, plan) for number, plan in enumerate(plans)]
+        self.instances = [Instance(number, 1, plan, spawn) for number, plan in enumerate(plans)]
         self._policy = policy or LeastLoaded()
         self._max_num_queued_reqs = max_num_queued_reqs
         self._tickets = itertools.count(1)
@@ -242,7 +247,7 @@ class Cluster:
             instance.introduce(peer)
 
     async def _start(self, instance: Instance) -> None:
-        await instance.spawn()
+        await instance.start()
         await instance.wait_ready()
         assert instance.ready is not None
         logger.info(

@@ -4,8 +4,9 @@ import asyncio
 import os
 import socket
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import msgspec
 
@@ -35,17 +36,58 @@ class InstancePlan:
     engine: EngineConfig
 
 
+class WorkerProcess(Protocol):
+    """What the launcher needs of a process; asyncio's subprocesses have it."""
+
+    @property
+    def returncode(self) -> int | None:
+        """Exit status, None while it runs."""
+        ...
+
+    async def wait(self) -> int:
+        """Wait until it has ended."""
+        ...
+
+    def kill(self) -> None:
+        """End it at once."""
+        ...
+
+
+Spawn = Callable[[socket.socket, socket.socket, InstancePlan], Awaitable[WorkerProcess]]
+"""Starts a worker on its ends of the control and the descriptor socket; duplicates what it keeps."""
+
+
+async def spawn_process(
+    control: socket.socket, descriptors: socket.socket, plan: InstancePlan
+) -> WorkerProcess:
+    """Start a worker as a process of its own, on the plan's cores."""
+    inherited = (control.fileno(), descriptors.fileno())
+    cores = ",".join(str(core) for core in plan.cores)
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "memserve.workers.entry",
+        *map(str, inherited),
+        str(os.getpid()),
+        cores,
+        stdin=asyncio.subprocess.DEVNULL,
+        pass_fds=inherited,
+        env=os.environ | thread_environment(plan.engine.num_threads),
+    )
+
+
 class Instance:
     """A worker process; `epoch` counts its lives."""
 
-    def __init__(self, number: int, epoch: int, plan: InstancePlan) -> None:
+    def __init__(self, number: int, epoch: int, plan: InstancePlan, spawn: Spawn) -> None:
         self.number = number
         self.epoch = epoch
         self.plan = plan
+        self._spawn = spawn
         self.load = Load(number, plan.role)
         self.stats = EngineStats()
         self.ready: Ready | None = None
-        self.process: asyncio.subprocess.Process | None = None
+        self.process: WorkerProcess | None = None
         self._channel: Channel[ToLauncher] | None = None
         self._descriptors: socket.socket | None = None
         self._arena_descriptor: int | None = None
@@ -62,24 +104,12 @@ class Instance:
         layout = self.ready.arena.layout
         return layout.num_blocks * layout.block_size
 
-    async def spawn(self) -> None:
+    async def start(self) -> None:
         """Start the process and tell it what to run; `Ready` or `StartFailed` comes later."""
         control, child_control = socket.socketpair()
-        descriptors, child_descriptors = socket.socketpair()
-        inherited = (child_control.fileno(), child_descriptors.fileno())
-        cores = ",".join(str(core) for core in self.plan.cores)
-        arguments = [*map(str, inherited), str(os.getpid()), cores]
+        self._descriptors, child_descriptors = socket.socketpair()
         with child_control, child_descriptors:
-            self.process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "memserve.workers.entry",
-                *arguments,
-                stdin=asyncio.subprocess.DEVNULL,
-                pass_fds=inherited,
-                env=os.environ | thread_environment(self.plan.engine.num_threads),
-            )
-        self._descriptors = descriptors
+            self.process = await self._spawn(child_control, child_descriptors, self.plan)
         self._channel = await Channel.open(control, ToLauncher)
         self.send(Configure(self.number, self.epoch, self.plan.engine))
 

@@ -12,7 +12,7 @@ import time
 from array import array
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from typing import assert_never
+from typing import Protocol, assert_never
 
 from memserve.config import EngineConfig
 from memserve.messages import (
@@ -39,12 +39,19 @@ from memserve.workers.batching import Batcher
 from memserve.workers.claims import Claims
 from memserve.workers.handover import Arrivals, Departures, StartCopy
 from memserve.workers.link import CopyDone, Event, Hangup, Link
-from memserve.workers.runner import Runner
 from memserve.workers.sequence import Sequence, Slice
 
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 1.0
+
+
+class StepRunner(Protocol):
+    """Computes a step: `memserve.workers.runner.Runner`."""
+
+    def run(self, slices: Items[Slice]) -> list[Sampled]:
+        """Write the KV of all slices; one result for each that samples, in their order."""
+        ...
 
 
 class Engine:
@@ -55,7 +62,7 @@ class Engine:
         config: EngineConfig,
         link: Link,
         pool: MemPool,
-        runner: Runner,
+        runner: StepRunner,
         *,
         eos_token_ids: frozenset[int],
         start_copy: StartCopy,

@@ -1,0 +1,264 @@
+"""A cluster whose workers are threads of this process, with an oracle in place of the model.
+
+Everything but the model is real: cluster, channels, engines, arenas, copies. The oracle's "KV" of a
+token is a fingerprint of the whole prefix that ends with it; before it computes a token it checks
+that every earlier position holds the right fingerprint, so a wrong, stale or torn block anywhere
+fails the test. The next token is a function of the prefix alone, so every placement must give the
+same answer.
+"""
+
+import asyncio
+import dataclasses
+import os
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import numpy as np
+import torch
+
+from memserve.channel import receive_descriptor, send_descriptor
+from memserve.cluster import Cluster
+from memserve.config import EngineConfig
+from memserve.generation import Generation
+from memserve.instance import InstancePlan, WorkerProcess
+from memserve.messages import Configure, MapPeer, Ready, SamplingParams
+from memserve.model.sampling import Sampled
+from memserve.pool.arena import Arena
+from memserve.pool.generations import load_native_blocks
+from memserve.pool.mempool import MemPool
+from memserve.pool.refs import ArenaLayout
+from memserve.pool.transfer.memfd import MemfdTransfer
+from memserve.scheduler.placement import Policy, Role
+from memserve.workers.copying import Copier
+from memserve.workers.engine import Engine
+from memserve.workers.link import Link
+from memserve.workers.sequence import Slice
+
+BLOCK_SIZE = 4
+VOCABULARY = 50
+MODULUS = (1 << 24) - 3  # fingerprints are exact in float32
+
+
+def fingerprints(tokens: Sequence[int]) -> list[int]:
+    """A number for every prefix."""
+    found, value = [], 1
+    for token in tokens:
+        value = (value * 31337 + token + 7) % MODULUS
+        found.append(value)
+    return found
+
+
+def oracle_answer(prompt: Sequence[int], num_tokens: int) -> list[int]:
+    """What any placement must answer."""
+    tokens = list(prompt)
+    for _ in range(num_tokens):
+        tokens.append(fingerprints(tokens)[-1] % VOCABULARY)
+    return tokens[len(prompt) :]
+
+
+class OracleRunner:
+    """Computes fingerprints instead of attention, and checks those that it finds."""
+
+    def __init__(self, arena: torch.Tensor, step_seconds: float) -> None:
+        self._cells = arena.view(arena.shape[0], 2, BLOCK_SIZE)
+        self._step_seconds = step_seconds
+        self.num_computed = 0
+
+    def run(self, slices: Sequence[Slice]) -> list[Sampled]:
+        if self._step_seconds:
+            time.sleep(self._step_seconds)
+        last = [(part, self._compute(part)) for part in slices]
+        return [
+            Sampled(token=fingerprint % VOCABULARY, logprob=None, top=[])
+            for part, fingerprint in last
+            if part.samples
+        ]
+
+    def _compute(self, part: Slice) -> int:
+        sequence = part.sequence
+        start, end = sequence.num_computed, sequence.num_computed + part.num_tokens
+        wanted = fingerprints(sequence.tokens[:end])
+        blocks = np.asarray(sequence.blocks)
+        for position in range(end):
+            cell = self._cells[int(blocks[position // BLOCK_SIZE]), :, position % BLOCK_SIZE]
+            if position >= start:
+                cell.fill_(float(wanted[position]))
+                self.num_computed += 1
+            assert cell.tolist() == [wanted[position]] * 2, f"wrong KV at position {position}"
+        return wanted[-1]
+
+
+class ThreadWorker:
+    """A worker on a thread, in the place of a process."""
+
+    def __init__(
+        self, control: socket.socket, descriptors: socket.socket, step_seconds: float
+    ) -> None:
+        self._control = control.dup()
+        self._descriptors = descriptors.dup()
+        self._step_seconds = step_seconds
+        self.failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    @property
+    def returncode(self) -> int | None:
+        return None if self._thread.is_alive() else 0
+
+    async def wait(self) -> int:
+        await asyncio.to_thread(self._thread.join)
+        return 0
+
+    def kill(self) -> None:
+        raise AssertionError("a worker did not leave when it was told to")
+
+    def _run(self) -> None:
+        link = Link(self._control)
+        link.start()
+        try:
+            configure = link.inbox.get()
+            assert isinstance(configure, Configure)
+            self._serve(configure, link)
+        except BaseException as error:  # noqa: BLE001 - shown by the test
+            self.failure = error
+        finally:
+            link.close()
+            self._descriptors.close()
+
+    def _serve(self, configure: Configure, link: Link) -> None:
+        config = configure.engine
+        layout = ArenaLayout(
+            num_blocks=config.kv_cache_bytes,  # the rig counts blocks
+            num_layers=1,
+            block_size=BLOCK_SIZE,
+            num_kv_heads=1,
+            head_dim=1,
+            dtype="float32",
+        )
+        native = load_native_blocks()
+        arena = Arena(
+            layout, instance=configure.instance, epoch=configure.epoch, native=native
+        )
+        transfer = MemfdTransfer(arena, native)
+        copier = Copier(transfer, link.inbox)
+
+        def map_peer(message: MapPeer) -> None:
+            descriptor = receive_descriptor(self._descriptors)
+            transfer.map(message.arena, descriptor)
+            os.close(descriptor)
+
+        engine = Engine(
+            config,
+            link,
+            MemPool(arena.descriptor, arena.generations),
+            OracleRunner(arena.tensor, self._step_seconds),
+            eos_token_ids=frozenset(),
+            start_copy=copier.start,
+            map_peer=map_peer,
+        )
+        send_descriptor(self._descriptors, arena.fd)
+        link.send(Ready(arena.descriptor, "float32", "oracle"))
+        try:
+            engine.run()
+        finally:
+            copier.close()
+            arena.close()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RigOptions:
+    """Shape of a rig's cluster."""
+
+    roles: tuple[Role, ...]
+    num_blocks: int = 64
+    max_num_seqs: int = 8
+    max_num_batched_tokens: int = 16
+    handover_timeout: float = 0.2
+    step_seconds: float = 0.0
+    max_num_queued_reqs: int = 10_000
+
+
+@asynccontextmanager
+async def rig(options: RigOptions, policy: Policy | None = None) -> AsyncIterator[Cluster]:
+    """A running cluster; at the end every block must be home and no worker may have failed."""
+    engine = EngineConfig(
+        weights="",
+        device="cpu",
+        dtype="float32",
+        max_model_len=1000,
+        block_size=BLOCK_SIZE,
+        kv_cache_bytes=options.num_blocks,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        handover_timeout=options.handover_timeout,
+        num_threads=1,
+        log_level="info",
+    )
+    workers: list[ThreadWorker] = []
+
+    async def spawn(
+        control: socket.socket, descriptors: socket.socket, _plan: InstancePlan
+    ) -> WorkerProcess:
+        workers.append(ThreadWorker(control, descriptors, options.step_seconds))
+        return workers[-1]
+
+    plans = [InstancePlan(role=role, cores=[0], engine=engine) for role in options.roles]
+    cluster = Cluster(
+        plans, max_num_queued_reqs=options.max_num_queued_reqs, policy=policy, spawn=spawn
+    )
+    try:
+        async with cluster.running():
+            yield cluster
+            await assert_all_home(cluster)
+    finally:
+        for worker in workers:
+            if worker.failure is not None:
+                raise worker.failure
+
+
+async def assert_all_home(cluster: Cluster) -> None:
+    """Soon after the last request every block is free or historical, and the books are right."""
+    async with asyncio.timeout(10):
+        while True:
+            reports = [report.inspection for report in await cluster.inspect()]
+            if all(at_rest(report.stats) for report in reports):
+                break
+            await asyncio.sleep(0.01)
+    for report in reports:
+        assert report.problems == []
+    for instance in cluster.instances:
+        assert (instance.load.num_prefill_tokens, instance.load.num_sequences) == (0, 0)
+
+
+def at_rest(stats: object) -> bool:
+    from memserve.messages import EngineStats
+
+    assert isinstance(stats, EngineStats)
+    assert stats.hbm is not None
+    held = (stats.num_running, stats.num_waiting, stats.num_incoming, stats.hbm.active)
+    return held == (0, 0, 0, 0) and stats.hbm.in_flight == 0
+
+
+def generation(
+    number: int, prompt: Sequence[int], max_tokens: int, *, choices: int = 1, salt: str = ""
+) -> Generation:
+    return Generation(
+        request_id=f"request-{number}",
+        prompt=list(prompt),
+        sampling=SamplingParams(max_tokens=max_tokens, seed=0),
+        num_choices=choices,
+        cache_salt=salt,
+    )
+
+
+async def answer(cluster: Cluster, asked: Generation) -> list[list[int]]:
+    """The tokens of every choice; positions are checked."""
+    answers: list[list[int]] = [[] for _ in range(asked.num_choices)]
+    async with cluster.generate(asked) as tokens:
+        async for item in tokens:
+            assert item.event.position == len(answers[item.choice])
+            answers[item.choice].append(item.event.token)
+    return answers
