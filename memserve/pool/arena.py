@@ -92,10 +92,9 @@ class Arena:
             return
         os.close(self.fd)
         self.fd = -1
-        del self.tensor, self.generations
-        # Views that others still hold keep the mapping; it goes with the last of them.
-        with suppress(BufferError):
-            self._map.close()
+        # The map goes with the last view of it that anybody holds. Closing it here would pull the
+        # memory from under those views: a tensor made by `frombuffer` doesn't guard against that.
+        del self.tensor, self.generations, self._map
 
 
 def _reserve(fd: int, size: int) -> mmap.mmap:

@@ -264,7 +264,6 @@ class MemPool:
         for block in range(self._blocks.num_blocks):
             if count(block) != explained[block]:
                 owners = [name for name, blocks in holdings.items() if block in blocks]
-                problems.append(
-                    f"block {block}: {count(block)} {what}, {explained[block]} by {owners}"
-                )
+                counts = f"{count(block)} {what}, {explained[block]} explained"
+                problems.append(f"block {block}: {counts} by {owners}")
         return problems

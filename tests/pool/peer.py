@@ -1,0 +1,100 @@
+"""A second real process that owns an arena: what it does, and how a test talks to it."""
+
+import multiprocessing
+import os
+import random
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing.process import BaseProcess
+
+import msgspec
+
+from memserve.pool.arena import Arena
+from memserve.pool.generations import NativeBlocks, load_native_blocks
+from memserve.pool.mempool import MemPool
+from memserve.pool.refs import ArenaDescriptor, ArenaLayout, BlockRef
+
+SMALL = ArenaLayout(8, 2, 4, 2, 8, "float32")
+# Blocks of 1 MiB: a copy takes long enough to be overtaken.
+LARGE = ArenaLayout(4, 16, 16, 8, 64, "float32")
+
+Scenario = Callable[[socket.socket, ArenaLayout], None]
+
+_refs = msgspec.msgpack.Decoder(list[BlockRef])
+
+
+def native_blocks() -> NativeBlocks:
+    native = load_native_blocks()
+    assert native is not None, "these tests need a C compiler"
+    return native
+
+
+def mark(ref: BlockRef) -> float:
+    """The value that fills a block: a function of the block and its generation, exact in fp32."""
+    return float((ref.generation * 8 + ref.block) % 2**24)
+
+
+def decode_refs(message: bytes) -> list[BlockRef]:
+    return _refs.decode(message)
+
+
+@contextmanager
+def peer(
+    scenario: Scenario, layout: ArenaLayout
+) -> Iterator[tuple[socket.socket, ArenaDescriptor, int, BaseProcess]]:
+    """Run `scenario` in a process: its socket, its arena's descriptor and fd, and the process."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    process = multiprocessing.get_context("spawn").Process(target=scenario, args=(theirs, layout))
+    process.start()
+    theirs.close()
+    fds: list[int] = []
+    try:
+        message, fds, _, _ = socket.recv_fds(ours, 4096, 1)
+        descriptor = msgspec.msgpack.decode(message, type=ArenaDescriptor)
+        yield ours, descriptor, fds[0], process
+    finally:
+        ours.close()
+        for fd in fds:
+            os.close(fd)
+        process.join(20)
+        process.kill()
+        process.join()
+        process.close()
+
+
+def _open(connection: socket.socket, layout: ArenaLayout) -> tuple[Arena, MemPool]:
+    arena = Arena(layout, instance=1, epoch=4, native=native_blocks())
+    socket.send_fds(connection, [msgspec.msgpack.encode(arena.descriptor)], [arena.fd])
+    return arena, MemPool(arena.descriptor, arena.generations)
+
+
+def publishes_full_blocks(connection: socket.socket, layout: ArenaLayout) -> None:
+    """Fills and publishes all blocks; frees the first one when told to; ends when left alone."""
+    arena, pool = _open(connection, layout)
+    blocks = pool.alloc_mem(layout.num_blocks)
+    refs = pool.refs(blocks)
+    for ref in refs:
+        arena.tensor[ref.block] = mark(ref)
+    connection.send(msgspec.msgpack.encode(refs))
+    while connection.recv(16):
+        pool.free_mem(blocks[:1])
+        connection.send(b"freed")
+
+
+def recycles_blocks(connection: socket.socket, layout: ArenaLayout) -> None:
+    """Fills, publishes and frees blocks as fast as it can, until its reader has gone."""
+    arena, pool = _open(connection, layout)
+    connection.setblocking(False)
+    pause = random.Random(0)
+    with suppress(ConnectionError):
+        while True:
+            blocks = pool.alloc_mem(2)
+            refs = pool.refs(blocks)
+            for ref in refs:
+                arena.tensor[ref.block].fill_(mark(ref))
+            with suppress(BlockingIOError):  # the reader has enough to read
+                connection.send(msgspec.msgpack.encode(refs))
+            time.sleep(pause.uniform(0, 300e-6))
+            pool.free_mem(blocks)

@@ -1,0 +1,290 @@
+"""Reads of a peer's arena in another real process: verified, refused, and raced."""
+
+import logging
+import mmap
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+
+from memserve.errors import PoolError, StaleReference
+from memserve.native.build import load_library
+from memserve.pool.arena import Arena
+from memserve.pool.generations import NativeBlocks
+from memserve.pool.mempool import MemPool
+from memserve.pool.refs import ArenaDescriptor, ArenaLayout, BlockRef
+from memserve.pool.transfer import Transfer
+from memserve.pool.transfer.memfd import MemfdTransfer
+
+from .peer import (
+    LARGE,
+    SMALL,
+    decode_refs,
+    mark,
+    native_blocks,
+    peer,
+    publishes_full_blocks,
+    recycles_blocks,
+)
+
+
+def new_arena(layout: ArenaLayout = SMALL, instance: int = 0, epoch: int = 1) -> Arena:
+    return Arena(layout, instance=instance, epoch=epoch, native=native_blocks())
+
+
+@pytest.fixture
+def arena() -> Iterator[Arena]:
+    arena = new_arena()
+    yield arena
+    arena.close()
+
+
+@pytest.fixture
+def other() -> Iterator[Arena]:
+    """An arena of instance 1, epoch 4, in this process."""
+    other = new_arena(instance=1, epoch=4)
+    yield other
+    other.close()
+
+
+@pytest.fixture
+def transfer(arena: Arena) -> Transfer:
+    return MemfdTransfer(arena, native_blocks())
+
+
+def filled(arena: Arena) -> tuple[MemPool, list[BlockRef]]:
+    pool = MemPool(arena.descriptor, arena.generations)
+    refs = pool.refs(pool.alloc_mem(arena.layout.num_blocks))
+    for ref in refs:
+        arena.tensor[ref.block] = mark(ref) + 1
+    return pool, refs
+
+
+def test_blocks_of_another_process_arrive_whole_and_survive_its_death(
+    arena: Arena, transfer: Transfer
+) -> None:
+    shared = set(Path("/dev/shm").iterdir())
+    with peer(publishes_full_blocks, SMALL) as (connection, descriptor, fd, process):
+        refs = decode_refs(connection.recv(4096))
+        transfer.map(descriptor, fd)
+        into = list(range(SMALL.num_blocks - 1, -1, -1))
+        assert transfer.read(refs, into) == [True] * SMALL.num_blocks
+        for ref, block in zip(refs, into, strict=True):
+            assert torch.all(arena.tensor[block] == mark(ref))
+
+        with pytest.raises(PermissionError):
+            mmap.mmap(fd, mmap.PAGESIZE, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+
+        connection.send(b"free the first")
+        assert connection.recv(16) == b"freed"
+        assert transfer.read(refs, into) == [False] + [True] * (SMALL.num_blocks - 1)
+
+        process.kill()
+        process.join()
+        assert transfer.read(refs[1:], into[1:]) == [True] * (SMALL.num_blocks - 1)
+    assert set(Path("/dev/shm").iterdir()) <= shared
+
+
+def test_only_the_named_blocks_are_written(arena: Arena, other: Arena, transfer: Transfer) -> None:
+    _, refs = filled(other)
+    transfer.map(other.descriptor, other.fd)
+    assert transfer.read([refs[3]], [5]) == [True]
+    written = arena.tensor.flatten(1).any(dim=1)
+    assert written.tolist() == [block == 5 for block in range(SMALL.num_blocks)]
+
+
+def test_a_reference_of_another_epoch_is_refused_before_a_byte_is_touched(
+    arena: Arena, other: Arena, transfer: Transfer
+) -> None:
+    _, refs = filled(other)
+    transfer.map(other.descriptor, other.fd)
+    for stale in (
+        msgspec.structs.replace(refs[1], epoch=3),
+        msgspec.structs.replace(refs[1], epoch=5),
+        msgspec.structs.replace(refs[1], instance=2),
+        msgspec.structs.replace(refs[1], tier=1),
+        msgspec.structs.replace(refs[1], block=SMALL.num_blocks),
+        msgspec.structs.replace(refs[1], block=-1),
+        msgspec.structs.replace(refs[1], generation=2**32),
+    ):
+        with pytest.raises(StaleReference):
+            transfer.read([refs[0], stale], [0, 1])
+    assert not arena.tensor.any()
+
+
+@pytest.mark.parametrize("into", [[SMALL.num_blocks], [-1], [], [0, 1]])
+def test_a_destination_outside_the_arena_is_refused(
+    arena: Arena, other: Arena, transfer: Transfer, into: list[int]
+) -> None:
+    _, refs = filled(other)
+    transfer.map(other.descriptor, other.fd)
+    with pytest.raises(PoolError):
+        transfer.read(refs[:1], into)
+    assert not arena.tensor.any()
+
+
+def test_a_new_life_of_an_instance_replaces_the_old_one_and_never_the_reverse(
+    arena: Arena, other: Arena, transfer: Transfer
+) -> None:
+    _, old_refs = filled(other)
+    transfer.map(other.descriptor, other.fd)
+    reborn = new_arena(instance=1, epoch=5)
+    _, new_refs = filled(reborn)
+    transfer.map(reborn.descriptor, reborn.fd)
+    with pytest.raises(StaleReference, match="epoch 5"):
+        transfer.read(old_refs[:1], [0])
+    assert transfer.read(new_refs[:1], [0]) == [True]
+    with pytest.raises(StaleReference):
+        transfer.map(other.descriptor, other.fd)
+    reborn.close()
+
+
+def test_a_released_instance_is_not_read_any_more(other: Arena, transfer: Transfer) -> None:
+    _, refs = filled(other)
+    transfer.map(other.descriptor, other.fd)
+    transfer.release(1)
+    transfer.release(1)
+    with pytest.raises(StaleReference, match="not mapped"):
+        transfer.read(refs, list(range(len(refs))))
+
+
+def test_blocks_of_several_instances_are_read_in_one_call(
+    arena: Arena, other: Arena, transfer: Transfer
+) -> None:
+    third = new_arena(instance=2, epoch=9)
+    _, refs = filled(other)
+    _, more = filled(third)
+    for peer_arena in (other, third):
+        transfer.map(peer_arena.descriptor, peer_arena.fd)
+    third.tensor[more[1].block] = 99.0
+    assert transfer.read([more[1], refs[0], more[2]], [0, 1, 2]) == [True] * 3
+    assert torch.all(arena.tensor[0] == 99.0)
+    assert torch.all(arena.tensor[1] == mark(refs[0]) + 1)
+    third.close()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_layers": 3},
+        {"block_size": 8},
+        {"num_kv_heads": 1},
+        {"head_dim": 4},
+        {"dtype": "bfloat16"},
+    ],
+)
+def test_an_arena_of_other_blocks_is_refused(
+    transfer: Transfer, change: dict[str, int | str]
+) -> None:
+    layout = msgspec.structs.replace(SMALL, **change)
+    other = new_arena(layout, instance=1)
+    with pytest.raises(PoolError, match="another layout"):
+        transfer.map(other.descriptor, other.fd)
+    other.close()
+
+
+def test_an_arena_with_another_number_of_blocks_is_read_like_any_other(
+    transfer: Transfer,
+) -> None:
+    other = new_arena(msgspec.structs.replace(SMALL, num_blocks=20), instance=1)
+    _, refs = filled(other)
+    transfer.map(other.descriptor, other.fd)
+    assert transfer.read(refs[:8], list(range(8))) == [True] * 8
+    other.close()
+
+
+def test_memory_that_is_not_the_announced_arena_is_refused(
+    other: Arena, transfer: Transfer
+) -> None:
+    announced = other.descriptor
+    swapped = msgspec.structs.replace(SMALL, num_layers=4, block_size=2)  # of the same size
+
+    def refused(descriptor: ArenaDescriptor, fd: int, kind: type[PoolError]) -> None:
+        with pytest.raises(kind):
+            transfer.map(descriptor, fd)
+
+    refused(msgspec.structs.replace(announced, epoch=5), other.fd, StaleReference)
+    refused(msgspec.structs.replace(announced, instance=7), other.fd, PoolError)
+    disguised = new_arena(swapped, instance=1, epoch=4)
+    refused(announced, disguised.fd, PoolError)
+    disguised.close()
+    smaller = new_arena(msgspec.structs.replace(SMALL, num_blocks=1), instance=1, epoch=4)
+    refused(announced, smaller.fd, PoolError)
+    smaller.close()
+    for flags in (0, os.MFD_ALLOW_SEALING):
+        unsealed = os.memfd_create("unsealed", flags)
+        os.ftruncate(unsealed, os.fstat(other.fd).st_size)
+        refused(announced, unsealed, PoolError)
+        os.close(unsealed)
+
+
+def test_without_a_compiler_only_leased_blocks_are_read_and_the_log_says_so_once(
+    arena: Arena, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    other = Arena(SMALL, instance=1, epoch=4, native=None)
+    pool, refs = filled(other)
+    transfer = MemfdTransfer(arena, None)
+    transfer.map(*MemfdTransfer(other, native_blocks()).export())
+    assert transfer.needs_lease
+    with pytest.raises(PoolError, match="leased"):
+        transfer.read(refs[:2], [0, 1])
+    assert not arena.tensor.any()
+    pool.free_mem([refs[1].block])
+    assert transfer.read(refs[:2], [0, 1], leased=True) == [True, False]
+    assert torch.all(arena.tensor[0] == mark(refs[0]) + 1)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    other.close()
+
+
+def pull_from_a_recycler(copy: NativeBlocks, limit_s: float) -> tuple[int, int, int]:
+    """Pull, without a lease, from a process that recycles its blocks as fast as it can.
+
+    Ends after `limit_s` or with the first wrong block. Returns how many blocks were right, refused,
+    and declared good though they were wrong.
+    """
+    arena = new_arena(LARGE)
+    transfer = MemfdTransfer(arena, copy)
+    right = refused = wrong = 0
+    with peer(recycles_blocks, LARGE) as (connection, descriptor, fd, _):
+        transfer.map(descriptor, fd)
+        deadline = time.monotonic() + limit_s
+        while time.monotonic() < deadline and not wrong:
+            message = connection.recv(4096)
+            while newer := drain(connection):
+                message = newer
+            refs = decode_refs(message)
+            flags = transfer.read(refs, [0, 1])
+            for i, (ref, ok) in enumerate(zip(refs, flags, strict=True)):
+                as_published = bool(torch.all(arena.tensor[i] == mark(ref)))
+                right += ok and as_published
+                wrong += ok and not as_published
+                refused += not ok
+    arena.close()
+    return right, refused, wrong
+
+
+def drain(connection: socket.socket) -> bytes:
+    try:
+        return connection.recv(4096, socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return b""
+
+
+def test_a_pull_that_loses_the_race_with_reuse_is_refused_and_never_wrong() -> None:
+    right, refused, wrong = pull_from_a_recycler(native_blocks(), limit_s=3.0)
+    assert wrong == 0
+    assert right > 0
+    assert refused > 0
+
+
+def test_without_the_second_look_the_same_race_yields_wrong_blocks() -> None:
+    library = load_library("unchecked", [str(Path(__file__).parent / "unchecked_copy.c")])
+    assert library is not None
+    _, _, wrong = pull_from_a_recycler(NativeBlocks(library), limit_s=20.0)
+    assert wrong > 0
