@@ -1,0 +1,173 @@
+"""The handlers of the two completion APIs: admit, generate, answer whole or as a stream.
+
+Nothing is sent before every generation of a request is admitted and has brought its first token, so
+that any error until then is a plain JSON response. Whatever ends a handler (the last token, an
+error, a client that leaves) ends its generations, since they live in one context.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable
+from http import HTTPStatus
+
+import aiohttp
+import msgspec
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+
+from memserve.errors import InvalidRequest, Overloaded, RequestError, RequestFailed
+from memserve.frontend import FRONTEND, json_response, run_sized
+from memserve.middleware import request_id
+from memserve.openai.plan import Plan, ServedModel, plan_chat, plan_completion
+from memserve.openai.presenting import Presenter, presenter_for
+from memserve.openai.responses import PromptTokensDetails, Usage, error_body
+from memserve.streaming import open_answers
+from memserve.timeline import Moment, Timeline
+
+logger = logging.getLogger(__name__)
+
+STREAM_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache, no-transform",
+    "X-Accel-Buffering": "no",
+}
+
+PlanMaker = Callable[[bytes, ServedModel, str], Plan]
+
+
+async def create_completion(request: web.Request) -> web.StreamResponse:
+    """POST /v1/completions."""
+    return await _answer(request, plan_completion)
+
+
+async def create_chat_completion(request: web.Request) -> web.StreamResponse:
+    """POST /v1/chat/completions."""
+    return await _answer(request, plan_chat)
+
+
+async def read(request: web.Request) -> bytes:
+    """The whole body. Raises `InvalidRequest` when its encoding is broken."""
+    try:
+        return await request.read()
+    except (aiohttp.ClientPayloadError, HttpProcessingError, web.RequestPayloadError):
+        raise InvalidRequest("The request body can't be decoded.") from None
+
+
+async def _answer(request: web.Request, make_plan: PlanMaker) -> web.StreamResponse:
+    """Answer one request, and account for it however it ends."""
+    metrics = request.app[FRONTEND].metrics
+    life = Timeline(request_id(request), on_gap=metrics.token_gap)
+    try:
+        response = await _respond(request, make_plan, life)
+        life.stamp(life.end or Moment.FINISHED)
+        life.status = response.status
+    except (asyncio.CancelledError, aiohttp.ClientConnectionResetError):
+        life.stamp(Moment.ABORTED)
+        raise
+    except RequestError as error:
+        life.status = error.status
+        refused = error.status < HTTPStatus.INTERNAL_SERVER_ERROR or isinstance(error, Overloaded)
+        life.stamp(Moment.REFUSED if refused else Moment.FAILED)
+        raise
+    except web.HTTPException as error:
+        life.status = error.status
+        life.stamp(Moment.REFUSED)
+        raise
+    except BaseException:
+        life.status = HTTPStatus.INTERNAL_SERVER_ERROR
+        life.stamp(Moment.FAILED)
+        raise
+    finally:
+        metrics.ended(life)
+        _log(life)
+    return response
+
+
+async def _respond(
+    request: web.Request, make_plan: PlanMaker, life: Timeline
+) -> web.StreamResponse:
+    frontend = request.app[FRONTEND]
+    body = await read(request)
+    plan = await run_sized(request.app, len(body), make_plan, body, frontend.model, life.request_id)
+    life.num_prompt_tokens = plan.num_prompt_tokens
+    life.max_tokens = plan.generations[0].sampling.max_tokens
+    presenter = presenter_for(
+        plan,
+        frontend.tokenizer,
+        created=int(time.time()),
+        system_fingerprint=frontend.system_fingerprint,
+    )
+    if plan.stream:
+        return await _stream(request, plan, presenter, life)
+    async with open_answers(frontend.service, plan, frontend.tokenizer, life) as answers:
+        whole = await answers.take_whole()
+    return json_response(presenter.whole(whole, _usage(plan, life)))
+
+
+async def _stream(
+    request: web.Request, plan: Plan, presenter: Presenter, life: Timeline
+) -> web.StreamResponse:
+    """Send the answer as server-sent events, a chunk for a token while the client keeps up."""
+    frontend = request.app[FRONTEND]
+    response = web.StreamResponse(headers=STREAM_HEADERS)
+    try:
+        async with open_answers(frontend.service, plan, frontend.tokenizer, life) as answers:
+            while deltas := await answers.take():
+                if not response.prepared:
+                    await response.prepare(request)
+                usage = _usage(plan, life) if plan.continuous_usage else None
+                chunks = [chunk for delta in deltas for chunk in presenter.chunks(delta, usage)]
+                # Returns when the client has room again; meanwhile new tokens are merged.
+                await response.write(_events(chunks))
+        last = [presenter.usage_chunk(_usage(plan, life))] if plan.include_usage else []
+        await response.write(_events(last) + b"data: [DONE]\n\n")
+    except aiohttp.ClientConnectionResetError:
+        raise
+    except Exception as error:
+        if not response.prepared:
+            raise
+        life.stamp(Moment.FAILED)
+        await response.write(_events([error_body(_told(error, life))]))
+    await response.write_eof()
+    return response
+
+
+def _told(error: Exception, life: Timeline) -> RequestError:
+    """What a client in the middle of a stream is told of an error."""
+    if isinstance(error, RequestError):
+        return error
+    logger.error("request %s: internal error", life.request_id, exc_info=error)
+    return RequestFailed("internal error")
+
+
+def _events(bodies: Iterable[object]) -> bytes:
+    return b"".join(b"data: " + msgspec.json.encode(body) + b"\n\n" for body in bodies)
+
+
+def _usage(plan: Plan, life: Timeline) -> Usage:
+    """Token counts so far."""
+    return Usage(
+        prompt_tokens=plan.num_prompt_tokens,
+        completion_tokens=life.num_output_tokens,
+        total_tokens=plan.num_prompt_tokens + life.num_output_tokens,
+        prompt_tokens_details=PromptTokensDetails(life.num_cached_tokens),
+    )
+
+
+def _log(life: Timeline) -> None:
+    """The one line that a request leaves in the log; no prompts, no keys."""
+    assert life.end is not None
+    first_token = life.time_to_first_token
+    logger.info(
+        "request %s: %s, status %d, %d prompt tokens (%d cached), %d output tokens, "
+        "first token after %s, took %.3f s",
+        life.request_id,
+        life.end.value,
+        life.status,
+        life.num_prompt_tokens,
+        life.num_cached_tokens,
+        life.num_output_tokens,
+        "-" if first_token is None else f"{first_token:.3f} s",
+        life.duration,
+    )

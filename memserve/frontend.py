@@ -1,0 +1,125 @@
+"""What every HTTP handler needs, held by the application; what the front end asks of the cluster.
+
+There are no globals: an app has one `Frontend` under the key `FRONTEND`.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import ParamSpec, Protocol, TypeVar
+
+import msgspec
+from aiohttp import web
+
+from memserve.generation import Generator
+from memserve.messages import Inspection
+from memserve.metrics import InstanceView, Metrics
+from memserve.openai.plan import ServedModel
+from memserve.tokens import Tokenizer
+
+OFF_LOOP_BYTES = 4096
+"""Bodies from this size on are parsed, rendered and encoded on another thread."""
+
+NUM_ENCODERS = 2
+"""Threads for that: the cores are the workers'."""
+
+DEFAULT_MAX_BODY_BYTES = 32 << 20
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+class InstanceReport(Protocol):
+    """One instance's books, recounted by itself."""
+
+    @property
+    def name(self) -> str:
+        """Name for people, such as `prefill-0`."""
+        ...
+
+    @property
+    def inspection(self) -> Inspection:
+        """What it found."""
+        ...
+
+
+class Service(Generator, Protocol):
+    """The cluster as the HTTP front end sees it."""
+
+    @property
+    def instances(self) -> Sequence[InstanceView]:
+        """All instances, with their latest heartbeat's numbers."""
+        ...
+
+    def problems(self) -> list[str]:
+        """Why it can't serve; empty when it is healthy."""
+        ...
+
+    async def inspect(self) -> Sequence[InstanceReport]:
+        """Ask every instance to recount its books. Raises `TimeoutError`."""
+        ...
+
+    def reset_prefix_cache(self) -> None:
+        """Drop every historical block that no request is using."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSettings:
+    """What an operator or the model decides for the front end."""
+
+    model_name: str
+    max_model_len: int
+    vocab_size: int
+    seed: int = 0
+    api_key: str | None = None
+    max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frontend:
+    """The parts that handlers work with."""
+
+    service: Service
+    tokenizer: Tokenizer
+    model: ServedModel
+    metrics: Metrics
+    settings: ServerSettings
+    system_fingerprint: str
+    started: int = field(default_factory=lambda: int(time.time()))
+    """Unix time in seconds."""
+
+
+FRONTEND = web.AppKey("FRONTEND", Frontend)
+ENCODERS = web.AppKey("ENCODERS", ThreadPoolExecutor)
+
+
+async def run_encoders(app: web.Application) -> AsyncIterator[None]:
+    """Cleanup context: the threads on which long inputs are encoded."""
+    encoders = ThreadPoolExecutor(NUM_ENCODERS, thread_name_prefix="encoder")
+    app[ENCODERS] = encoders
+    yield
+    encoders.shutdown(wait=False, cancel_futures=True)
+
+
+async def run_sized(
+    app: web.Application,
+    num_bytes: int,
+    function: Callable[Arguments, Result],
+    *args: Arguments.args,
+    **kwargs: Arguments.kwargs,
+) -> Result:
+    """Call `function`, on another thread when its input is too long for the event loop."""
+    if num_bytes < OFF_LOOP_BYTES:
+        return function(*args, **kwargs)
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(app[ENCODERS], lambda: function(*args, **kwargs))
+
+
+def json_response(body: object, *, status: int = 200) -> web.Response:
+    """A JSON response; `body` is anything that msgspec encodes."""
+    return web.Response(
+        body=msgspec.json.encode(body), status=status, content_type="application/json"
+    )

@@ -1,0 +1,111 @@
+"""What happens to every request: its id, its key, and errors in OpenAI's shape."""
+
+import hmac
+import logging
+import uuid
+from http import HTTPStatus
+
+from aiohttp import ClientConnectionResetError, web
+from aiohttp.typedefs import Handler, Middleware
+
+from memserve.errors import (
+    BodyTooLarge,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    RequestError,
+    RequestFailed,
+    Unauthorized,
+)
+from memserve.frontend import json_response
+from memserve.openai.plan import REQUEST_ID
+from memserve.openai.responses import error_body
+
+logger = logging.getLogger(__name__)
+
+REQUEST_ID_HEADER = "X-Request-Id"
+OPEN_PATHS = frozenset({"/health"})
+"""What answers without an API key."""
+
+RETRY_AFTER_S = 1
+
+
+def request_id(request: web.Request) -> str:
+    """The id of the request: the client's own, where it is fit for a log, or a new one."""
+    name = "request_id"
+    if name not in request:
+        given = request.headers.get(REQUEST_ID_HEADER, "")
+        request[name] = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    found = request[name]
+    assert isinstance(found, str)
+    return found
+
+
+async def send_request_id(request: web.Request, response: web.StreamResponse) -> None:
+    """Signal handler: every response carries the id of its request."""
+    response.headers[REQUEST_ID_HEADER] = request_id(request)
+
+
+@web.middleware
+async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Answer every error with its status and OpenAI's error body."""
+    try:
+        return await handler(request)
+    except RequestError as error:
+        return error_response(error)
+    except web.HTTPException as error:
+        if error.status < HTTPStatus.BAD_REQUEST:
+            raise
+        response = error_response(_translate(request, error), status=error.status)
+        if "Allow" in error.headers:
+            response.headers["Allow"] = error.headers["Allow"]
+        return response
+    except ClientConnectionResetError:
+        raise  # nobody is there to be answered
+    except Exception:
+        logger.exception("request %s: internal error", request_id(request))
+        return error_response(RequestFailed("internal error"))
+
+
+def error_response(error: RequestError, *, status: int | None = None) -> web.Response:
+    """The response for `error`, by default with the error's own status."""
+    response = json_response(error_body(error), status=status or error.status)
+    if isinstance(error, Overloaded):
+        response.headers["Retry-After"] = str(RETRY_AFTER_S)
+    return response
+
+
+def require_api_key(api_key: str) -> Middleware:
+    """A middleware that lets only requests with `Authorization: Bearer <api_key>` pass."""
+    expected = api_key.encode()
+
+    @web.middleware
+    async def check_api_key(request: web.Request, handler: Handler) -> web.StreamResponse:
+        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+        token = given.strip().encode("utf-8", "surrogateescape")
+        known = scheme.lower() == "bearer" and hmac.compare_digest(token, expected)
+        if not known and request.path not in OPEN_PATHS:
+            raise Unauthorized(
+                "The API key is missing or wrong: send it as `Authorization: Bearer KEY`.",
+                code="invalid_api_key",
+            )
+        return await handler(request)
+
+    return check_api_key
+
+
+def _translate(request: web.Request, error: web.HTTPException) -> RequestError:
+    """aiohttp's own error as one of ours; the status stays aiohttp's."""
+    match error.status:
+        case HTTPStatus.NOT_FOUND:
+            return NotFound(f"There is nothing at {request.path}.", code="not_found")
+        case HTTPStatus.METHOD_NOT_ALLOWED:
+            return InvalidRequest(
+                f"{request.path} does not take {request.method}.", code="method_not_allowed"
+            )
+        case HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+            return BodyTooLarge("The request body is too large.", code="body_too_large")
+        case status if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            return RequestFailed(error.reason)
+        case _:
+            return InvalidRequest(error.reason)

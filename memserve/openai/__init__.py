@@ -1,0 +1,10 @@
+"""OpenAI's API as data: request bodies, their checks, and response bodies.
+
+    requests    the shapes of the bodies that clients send, and reading them
+    validation  a body's ranges and combinations, turned into sampling parameters
+    plan        a checked body turned into the generations to run and how to present them
+    responses   the shapes of the bodies that clients get
+    presenting  the tokens of an answer turned into those bodies, whole or in chunks
+
+The names and meanings of fields are OpenAI's, with vLLM's extensions. Nothing here does I/O.
+"""

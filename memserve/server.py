@@ -1,0 +1,168 @@
+"""The HTTP server: OpenAI's API, health, metrics and administration, on aiohttp.
+
+`create_app` builds an application around a `Service` (the cluster) and a tokenizer. It must be run
+by a runner with `handler_cancellation=True`: a client that vanishes then leaves its generations at
+once. Starting the cluster, and listening, are the caller's.
+
+    POST /v1/chat/completions  /v1/completions        memserve.completions
+    GET  /v1/models  /v1/models/{id}  /version
+    POST /tokenize  /detokenize
+    GET  /health     200, or 503 with the reasons
+    GET  /metrics    Prometheus
+    POST /reset_prefix_cache
+    GET  /admin/pool the instances' books, recounted
+"""
+
+import itertools
+
+from aiohttp import web
+from aiohttp.typedefs import Middleware
+
+from memserve import __version__
+from memserve.completions import create_chat_completion, create_completion, read
+from memserve.errors import Overloaded
+from memserve.frontend import (
+    FRONTEND,
+    Frontend,
+    ServerSettings,
+    Service,
+    json_response,
+    run_encoders,
+    run_sized,
+)
+from memserve.metrics import Metrics
+from memserve.middleware import answer_errors, require_api_key, send_request_id
+from memserve.openai.plan import ServedModel, plan_detokenize, plan_tokenize
+from memserve.openai.responses import Detokenized, ModelCard, ModelList, Tokenized
+from memserve.tokens import Tokenizer
+
+
+def create_app(service: Service, tokenizer: Tokenizer, settings: ServerSettings) -> web.Application:
+    """The application that serves `service`; to be run with `handler_cancellation=True`."""
+    middlewares: list[Middleware] = [answer_errors]
+    if settings.api_key is not None:
+        middlewares.append(require_api_key(settings.api_key))
+    app = web.Application(middlewares=middlewares, client_max_size=settings.max_body_bytes)
+    app[FRONTEND] = Frontend(
+        service=service,
+        tokenizer=tokenizer,
+        model=ServedModel(
+            name=settings.model_name,
+            tokenizer=tokenizer,
+            max_model_len=settings.max_model_len,
+            vocab_size=settings.vocab_size,
+            base_seed=settings.seed,
+            numbers=itertools.count(),
+        ),
+        metrics=Metrics(settings.model_name, settings.max_model_len, lambda: service.instances),
+        settings=settings,
+        system_fingerprint=f"memserve-{__version__}",
+    )
+    app.cleanup_ctx.append(run_encoders)
+    app.on_response_prepare.append(send_request_id)
+    app.add_routes(
+        [
+            web.post("/v1/chat/completions", create_chat_completion),
+            web.post("/v1/completions", create_completion),
+            web.get("/v1/models", list_models),
+            web.get("/v1/models/{name:.+}", get_model),
+            web.post("/tokenize", tokenize),
+            web.post("/detokenize", detokenize),
+            web.get("/health", health),
+            web.get("/version", version),
+            web.get("/metrics", metrics),
+            web.post("/reset_prefix_cache", reset_prefix_cache),
+            web.get("/admin/pool", inspect_pool),
+        ]
+    )
+    return app
+
+
+async def list_models(request: web.Request) -> web.Response:
+    """GET /v1/models."""
+    return json_response(ModelList(data=[_model_card(request.app[FRONTEND])]))
+
+
+async def get_model(request: web.Request) -> web.Response:
+    """GET /v1/models/{id}."""
+    frontend = request.app[FRONTEND]
+    frontend.model.check_name(request.match_info["name"])
+    return json_response(_model_card(frontend))
+
+
+def _model_card(frontend: Frontend) -> ModelCard:
+    settings = frontend.settings
+    return ModelCard(
+        id=settings.model_name,
+        created=frontend.started,
+        root=settings.model_name,
+        max_model_len=settings.max_model_len,
+        permission=[],
+    )
+
+
+async def tokenize(request: web.Request) -> web.Response:
+    """POST /tokenize."""
+    frontend = request.app[FRONTEND]
+    body = await read(request)
+    token_ids, with_texts = await run_sized(
+        request.app, len(body), plan_tokenize, body, frontend.model
+    )
+    texts = [frontend.tokenizer.token_text(token) for token in token_ids] if with_texts else None
+    return json_response(
+        Tokenized(
+            count=len(token_ids),
+            max_model_len=frontend.settings.max_model_len,
+            tokens=token_ids,
+            token_strs=texts,
+        )
+    )
+
+
+async def detokenize(request: web.Request) -> web.Response:
+    """POST /detokenize."""
+    frontend = request.app[FRONTEND]
+    body = await read(request)
+    text = await run_sized(request.app, len(body), plan_detokenize, body, frontend.model)
+    return json_response(Detokenized(prompt=text))
+
+
+async def health(request: web.Request) -> web.Response:
+    """GET /health: 200 when requests can be served, else 503 with the reasons."""
+    if problems := request.app[FRONTEND].service.problems():
+        return json_response({"status": "unhealthy", "problems": problems}, status=503)
+    return json_response({"status": "ok"})
+
+
+async def version(request: web.Request) -> web.Response:  # noqa: ARG001
+    """GET /version."""
+    return json_response({"version": __version__})
+
+
+async def metrics(request: web.Request) -> web.Response:
+    """GET /metrics, in the text format that the scraper accepts."""
+    text, content_type = request.app[FRONTEND].metrics.exposition(request.headers.get("Accept", ""))
+    return web.Response(body=text, headers={"Content-Type": content_type})
+
+
+async def reset_prefix_cache(request: web.Request) -> web.Response:
+    """POST /reset_prefix_cache: drop every historical block that no request is using."""
+    request.app[FRONTEND].service.reset_prefix_cache()
+    return json_response({})
+
+
+async def inspect_pool(request: web.Request) -> web.Response:
+    """GET /admin/pool: what each instance finds when it recounts its books."""
+    try:
+        reports = await request.app[FRONTEND].service.inspect()
+    except TimeoutError:
+        raise Overloaded("an instance did not answer in time") from None
+    instances = [
+        {
+            "name": report.name,
+            "stats": report.inspection.stats,
+            "problems": report.inspection.problems,
+        }
+        for report in reports
+    ]
+    return json_response({"instances": instances})
