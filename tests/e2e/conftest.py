@@ -1,0 +1,36 @@
+"""Servers that the tests of this folder share."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.servers import SMALL, ServerProcess, serve
+
+LAYOUTS = {
+    "disaggregated": ("--prefill", "1", "--decode", "1"),
+    "two_mixed": ("--mixed", "2"),
+    "one_mixed": ("--mixed", "1"),
+}
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def any_layout(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerProcess]:
+    """A server of each layout in turn, in float32, with the demo model."""
+    log = tmp_path_factory.mktemp("server") / "log"
+    with serve(*SMALL, "--dtype", "float32", *LAYOUTS[request.param], log=log) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def disaggregated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """One prefill and one decode worker, as by default."""
+    with serve(*SMALL, log=tmp_path_factory.mktemp("server") / "log") as server:
+        yield server
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    return tmp_path / "log"

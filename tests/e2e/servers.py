@@ -1,0 +1,123 @@
+"""Real servers: `memserve serve` as a process of its own, with real workers and a real model."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+
+START_TIMEOUT_S = 100
+STOP_TIMEOUT_S = 30
+SMALL = ("--kv-cache-memory", "256M", "--port", "0")
+
+
+@dataclass
+class ServerProcess:
+    """A server that runs; `log` is the file with all it has written."""
+
+    process: "subprocess.Popen[bytes]"
+    url: str
+    log: Path
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0)
+
+    def async_client(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0)
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(self.url + path, timeout=30) as response:
+            return json.load(response)
+
+    def workers(self) -> list[int]:
+        """Process ids of the workers."""
+        return children(self.process.pid)
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Send a signal and wait for the end; the exit status."""
+        self.process.send_signal(number)
+        return self.process.wait(STOP_TIMEOUT_S)
+
+
+@contextmanager
+def serve(*arguments: str, log: Path) -> Iterator[ServerProcess]:
+    """`memserve serve` with these arguments, until the block is left."""
+    command = [sys.executable, "-m", "memserve", "serve", *arguments]
+    with (
+        log.open("wb") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors) as process,
+    ):
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline().decode()
+            found = re.search(r"http://\S+", line)
+            assert found, f"the server said {line!r} and logged:\n{log.read_text()}"
+            yield ServerProcess(process, found.group(), log)
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                try:
+                    process.wait(STOP_TIMEOUT_S)
+                finally:
+                    process.kill()
+
+
+def children(pid: int) -> list[int]:
+    """Process ids of the direct children of a process."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended meanwhile
+            continue
+        if int(fields[1]) == pid and fields[0] != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def wait_until_gone(pids: list[int], seconds: float = 15) -> None:
+    """Return when none of the processes is left."""
+    deadline = time.monotonic() + seconds
+    while left := [pid for pid in pids if running(pid)]:
+        assert time.monotonic() < deadline, f"processes {left} are still there"
+        time.sleep(0.05)
+
+
+def running(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+def shared_memory_files() -> set[str]:
+    return set(os.listdir("/dev/shm"))
+
+
+def assert_all_home(server: ServerProcess, seconds: float = 10) -> None:
+    """Soon every block of every instance is free or historical, and the books are right."""
+    deadline = time.monotonic() + seconds
+    while True:
+        instances = server.get("/admin/pool")["instances"]
+        busy = [each for each in instances if not at_rest(each["stats"])]
+        if not busy:
+            break
+        assert time.monotonic() < deadline, f"still busy: {busy}"
+        time.sleep(0.05)
+    assert [each["problems"] for each in instances] == [[]] * len(instances)
+
+
+def at_rest(stats: dict[str, Any]) -> bool:
+    held = [stats[name] for name in ("num_running", "num_waiting", "num_incoming")]
+    return [*held, stats["hbm"]["active"], stats["hbm"]["in_flight"]] == [0, 0, 0, 0, 0]

@@ -1,0 +1,80 @@
+"""Every layout gives the tokens that transformers gives, in float32."""
+
+from typing import Any
+
+import pytest
+
+from memserve.model.prepared import PreparedModel
+from tests.e2e.servers import ServerProcess, assert_all_home
+
+MODEL = "SmolLM2-135M-Instruct"
+PROMPTS = [
+    "The capital of France is",
+    "def fibonacci(n):\n    ",
+    "In the year 1969, " * 60,
+    "one two three four five " * 200,
+]
+NUM_TOKENS = 24
+NEAR_TIE = 1e-3
+
+
+@pytest.fixture(scope="module")
+def reference(demo_model: PreparedModel) -> Any:
+    """The demo model as transformers runs it, in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(2)
+    return AutoModelForCausalLM.from_pretrained(demo_model.weights, dtype=torch.float32).eval()
+
+
+def assert_greedy(reference: Any, prompt: list[int], answer: list[int]) -> None:
+    """Every token of the answer has the highest score, or one within a near-tie of it."""
+    import torch
+
+    ids = torch.tensor([prompt + answer])
+    with torch.inference_mode():
+        scores = reference(ids).logits[0, len(prompt) - 1 : -1]
+    chosen = scores.gather(1, torch.tensor(answer)[:, None])[:, 0]
+    assert torch.all(scores.max(1).values - chosen < NEAR_TIE)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=["short", "code", "long", "chunked"])
+def test_greedy_tokens_are_those_of_transformers(
+    any_layout: ServerProcess, reference: Any, prompt: str
+) -> None:
+    for _ in range(2):  # the second time from the cache
+        completion = any_layout.client().completions.create(
+            model=MODEL,
+            prompt=prompt,
+            max_tokens=NUM_TOKENS,
+            temperature=0,
+            extra_body={"return_token_ids": True, "ignore_eos": True},
+        )
+        choice: Any = completion.choices[0]
+        assert len(choice.token_ids) == NUM_TOKENS
+        assert_greedy(reference, choice.prompt_token_ids, choice.token_ids)
+    assert completion.usage is not None
+    details = completion.usage.prompt_tokens_details
+    assert details is not None
+    assert details.cached_tokens == (completion.usage.prompt_tokens - 1) // 16 * 16
+    assert_all_home(any_layout)
+
+
+def test_logprobs_are_those_of_transformers(any_layout: ServerProcess, reference: Any) -> None:
+    import torch
+
+    completion: Any = any_layout.client().completions.create(
+        model=MODEL,
+        prompt=PROMPTS[0],
+        max_tokens=8,
+        temperature=0,
+        logprobs=3,
+        extra_body={"return_token_ids": True},
+    )
+    choice = completion.choices[0]
+    ids = torch.tensor([choice.prompt_token_ids + choice.token_ids])
+    with torch.inference_mode():
+        scores = reference(ids).logits[0, len(choice.prompt_token_ids) - 1 : -1].log_softmax(-1)
+    expected = scores.gather(1, torch.tensor(choice.token_ids)[:, None])[:, 0]
+    assert choice.logprobs.token_logprobs == pytest.approx(expected.tolist(), abs=1e-3)
