@@ -44,6 +44,7 @@ from memserve.tokens import Tokenizer
 SAMPLES = (
     "The quick brown fox jumps over the lazy dog.",
     "  two leading spaces, one trailing tab\t",
+    "a\n 42 and  17\t 3,\n\n  5",
     "In 1999, 12345 people paid $3.14 (or 2,71 €) at 10:30; 0x7f, ½ and ٣.",
     "line one\nline two\r\n\n\n   indented   \n",
     "def f(x: int) -> str:\n    return f'{x!r}'  # don't, I'll, we've\n",
@@ -217,8 +218,11 @@ def main(arguments: list[str]) -> int:
         except UsageError as error:
             send(Refused(type(error).__name__, str(error)))
             return 2
-        except PermissionError as error:
-            send(Refused(UsageError.__name__, f"can't write {error.filename}: {error.strerror}"))
+        except OSError as error:
+            if error.errno is None:  # not the system's word, but a library's
+                raise
+            where = error.filename or options.cache
+            send(Refused(UsageError.__name__, f"can't use {where}: {error.strerror}"))
             return 2
     return 0
 

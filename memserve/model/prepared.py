@@ -171,12 +171,17 @@ def _stamp(file: Path) -> str:
 
 
 def find_prepared(source: Source, cache: Path) -> PreparedModel | None:
-    """The prepared folder of `source` if it is there and still describes its weights."""
+    """The prepared folder of `source` if it is there and still describes its weights.
+
+    Raises `UsageError` when the cache can't be read.
+    """
     folder = cache / "prepared" / source_key(source)
     try:
         prepared = msgspec.json.decode((folder / RECORD).read_bytes(), type=PreparedModel)
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise UsageError(f"can't use the cache {cache}: {error.strerror}") from error
     except msgspec.DecodeError as error:
         log.warning("%s is unreadable (%s): preparing the model anew", folder / RECORD, error)
         return None
