@@ -1,0 +1,1 @@
+"""Attention over block tables: the kernels, and their seam with transformers' models."""

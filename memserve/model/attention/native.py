@@ -1,0 +1,92 @@
+"""The compiled CPU kernels: their loading and their C signatures.
+
+`load_kernels` returns None where they can't be compiled; the callers have a torch path. OpenMP code
+is linked with the libgomp that torch bundles, so that there is one OpenMP runtime in the process
+and `torch.set_num_threads` governs these kernels too.
+"""
+
+import ctypes
+import logging
+from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+
+from memserve.model.step import StepInput
+from memserve.native.build import load_library
+
+log = logging.getLogger(__name__)
+
+SOURCES = ("attention.cpp",)
+
+
+class NativeStep(ctypes.Structure):
+    """Mirror of `Step` in memserve/native/kernels.h; strides count elements."""
+
+    _fields_ = (
+        ("arena", c_void_p),
+        ("block_stride", c_int64),
+        ("layer_stride", c_int64),
+        ("value_stride", c_int64),
+        ("positions", c_void_p),
+        ("query_start", c_void_p),
+        ("kv_len", c_void_p),
+        ("block_table", c_void_p),
+        ("table_stride", c_int64),
+        ("num_sequences", c_int32),
+        ("num_tokens", c_int32),
+        ("block_size", c_int32),
+        ("num_query_heads", c_int32),
+        ("num_kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("is_bfloat16", c_int32),
+    )
+
+
+class Kernels:
+    """The library's functions with their argument types bound once."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        step = POINTER(NativeStep)
+        self.attend = library.memserve_attend
+        self.attend.argtypes = [
+            *(step, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_void_p),
+            *(c_float, c_int32, c_void_p, c_int32),
+        ]
+        self.write_kv = library.memserve_write_kv
+        self.write_kv.argtypes = [step, c_int64, c_void_p, c_int64, c_void_p, c_int64]
+        for function in (self.attend, self.write_kv):
+            function.restype = None
+
+
+def load_kernels() -> Kernels | None:
+    """The compiled kernels, or None (with the reason in the log)."""
+    bundled = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    bundled += sorted((Path(torch.__file__).parent.parent / "torch.libs").glob("libgomp*.so*"))
+    flags = ("-std=c++17", "-fopenmp", "-fno-math-errno")
+    library = load_library("kernels", SOURCES, flags=flags, libraries=bundled[:1])
+    return None if library is None else Kernels(library)
+
+
+def native_step(step: StepInput, arena: torch.Tensor, num_query_heads: int) -> NativeStep:
+    """Describe a step to the kernels. It borrows the tensors' memory: keep them alive."""
+    block_stride, layer_stride, value_stride = arena.stride()[:3]
+    _, _, _, block_size, num_kv_heads, head_dim = arena.shape
+    return NativeStep(
+        arena=arena.data_ptr(),
+        block_stride=block_stride,
+        layer_stride=layer_stride,
+        value_stride=value_stride,
+        positions=step.positions.data_ptr(),
+        query_start=step.query_start.data_ptr(),
+        kv_len=step.kv_len.data_ptr(),
+        block_table=step.block_table.data_ptr(),
+        table_stride=step.block_table.stride(0),
+        num_sequences=step.kv_len.numel(),
+        num_tokens=step.token_ids.numel(),
+        block_size=block_size,
+        num_query_heads=num_query_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        is_bfloat16=arena.dtype == torch.bfloat16,
+    )

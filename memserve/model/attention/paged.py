@@ -1,0 +1,196 @@
+"""Paged attention on the CPU: writes new KV into the arena and attends over block tables.
+
+`PagedAttention` lives as long as the model and holds what steps share; `begin` returns a
+`PagedBatch`, which lives for one step and serves all its layers. Decode and short chunks go to the
+C++ kernel, long chunks to gather + SDPA, whose matrix products run on the CPU's matrix units;
+without a compiler everything goes to gather + SDPA.
+"""
+
+import ctypes
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from memserve.errors import UnsupportedModel
+from memserve.model.attention.gathered import (
+    ContextGatherer,
+    grouped_attention,
+    visibility_mask,
+)
+from memserve.model.attention.native import Kernels, native_step
+from memserve.model.step import StepInput
+
+log = logging.getLogger(__name__)
+
+LONG_CHUNK = 16
+"""Query tokens of a sequence from which gather + SDPA is faster than the C++ kernel."""
+
+
+class PagedAttention:
+    """Attention of one model; not for concurrent use."""
+
+    def __init__(
+        self, kernels: Kernels | None, *, num_query_heads: int, windows: Sequence[int | None]
+    ) -> None:
+        """`windows`: for each layer how many tokens a query sees, itself included, or None."""
+        self.kernels = kernels
+        self.num_query_heads = num_query_heads
+        self.windows = windows
+        self.gatherer = ContextGatherer()
+        if kernels is None:
+            log.warning("no compiled attention kernel: grouped SDPA serves every step, slower")
+
+    @property
+    def name(self) -> str:
+        """For the log: which implementation attends."""
+        return "cpu-sdpa" if self.kernels is None else "cpu-native"
+
+    def begin(self, step: StepInput, arena: torch.Tensor) -> "PagedBatch":
+        """Prepare one step. `arena` [num_blocks, num_layers, 2, block_size, Hkv, D]."""
+        return PagedBatch(self, step, arena)
+
+
+class PagedBatch:
+    """One step's attention: `write` and then `attend`, once per layer."""
+
+    def __init__(self, attention: PagedAttention, step: StepInput, arena: torch.Tensor) -> None:
+        self.num_query_heads = attention.num_query_heads
+        self.windows = attention.windows
+        self.step = step
+        self.layers_seen: set[int] = set()
+        self._arena = arena
+        self._kernels = attention.kernels
+        self._gatherer = attention.gatherer
+        counts = step.query_start.diff()
+        longest = 0 if self._kernels is None else LONG_CHUNK - 1
+        self._short = (counts <= longest).nonzero().flatten().int()
+        self._long: list[int] = (counts > longest).nonzero().flatten().tolist()
+        self._num_short = self._short.numel()
+        self._masks: dict[tuple[int, int | None], torch.Tensor | None] = {}
+        if self._kernels is not None:
+            self.native = native_step(step, arena, self.num_query_heads)
+            self.native_pointer = ctypes.pointer(self.native)
+        if self._long:
+            self._bounds: list[int] = step.query_start.tolist()
+            self._kv_len: list[int] = step.kv_len.tolist()
+        if self._kernels is None:
+            self._blocks, self._rows = self._slots()
+
+    def check(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> None:
+        """Refuse a layer that doesn't fit the arena or comes twice: `UnsupportedModel`.
+
+        query [1, Hq, T, D], key and value [1, Hkv, T, D], as transformers gives them.
+        """
+        _, num_layers, _, _, num_kv_heads, head_dim = self._arena.shape
+        expected = (num_kv_heads, self.step.token_ids.numel(), head_dim)
+        if key.shape[1:] != expected or value.shape[1:] != expected:
+            raise UnsupportedModel("the model's layers differ in KV heads or head size")
+        if query.shape[1] != self.num_query_heads:
+            raise UnsupportedModel("the model's layers differ in query heads")
+        if layer in self.layers_seen or not 0 <= layer < num_layers:
+            raise UnsupportedModel("the model's layers share KV, or are numbered in another way")
+        self.layers_seen.add(layer)
+
+    def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Put this step's K and V [T, Hkv, D] of one layer into their slots of the arena."""
+        if self._kernels is None:
+            self._arena[:, layer, 0].index_put_((self._blocks, self._rows), key)
+            self._arena[:, layer, 1].index_put_((self._blocks, self._rows), value)
+            return
+        key, value = rows_contiguous(key), rows_contiguous(value)
+        self._kernels.write_kv(
+            self.native_pointer,
+            layer,
+            key.data_ptr(),
+            key.stride(0),
+            value.data_ptr(),
+            value.stride(0),
+        )
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        *,
+        scale: float,
+        window: int | None,
+    ) -> None:
+        """Attention of all tokens over their visible context, all of it in the arena.
+
+        query and output [T, Hq, D], heads contiguous within a row. `window` counts the visible
+        tokens, the query's own included.
+        """
+        if self._num_short:
+            assert self._kernels is not None
+            self._kernels.attend(
+                self.native_pointer,
+                layer,
+                query.data_ptr(),
+                query.stride(0),
+                output.data_ptr(),
+                output.stride(0),
+                None,
+                scale,
+                window or 0,
+                self._short.data_ptr(),
+                self._num_short,
+            )
+        for sequence in self._long:
+            self._attend_gathered(sequence, layer, query, output, scale=scale, window=window)
+
+    def _attend_gathered(
+        self,
+        sequence: int,
+        layer: int,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        *,
+        scale: float,
+        window: int | None,
+    ) -> None:
+        begin, end = self._bounds[sequence : sequence + 2]
+        count = end - begin
+        block_size = self._arena.shape[3]
+        kv_len = self._kv_len[sequence]
+        # Whole blocks that no query sees any more are not gathered.
+        hidden = 0 if window is None else max(0, kv_len - count + 1 - window)
+        first_block = hidden // block_size
+        blocks = self.step.block_table[sequence, first_block : -(-kv_len // block_size)]
+        key, value = self._gatherer.gather(self._arena, layer, blocks)
+        visible = kv_len - first_block * block_size
+        is_causal = count == visible and count > 1 and (window is None or window >= count)
+        output[begin:end] = grouped_attention(
+            query[begin:end],
+            key[:visible],
+            value[:visible],
+            None if is_causal else self._mask(sequence, count, visible, window),
+            scale=scale,
+            is_causal=is_causal,
+        )
+
+    def _mask(
+        self, sequence: int, count: int, visible: int, window: int | None
+    ) -> torch.Tensor | None:
+        wanted = (sequence, window)
+        if wanted not in self._masks:
+            self._masks[wanted] = visibility_mask(count, visible, window, self._arena.dtype)
+        return self._masks[wanted]
+
+    def _slots(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Block and row of each token of the step, int64 [T] each."""
+        step = self.step
+        block_size = self._arena.shape[3]
+        owner = torch.repeat_interleave(step.query_start.diff().long())
+        blocks = step.block_table[owner, step.positions // block_size]
+        return blocks.long(), step.positions % block_size
+
+
+def rows_contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor [T, H, D] with contiguous heads within each row; a copy only if need be."""
+    if tensor.stride(2) == 1 and tensor.stride(1) == tensor.shape[2]:
+        return tensor
+    return tensor.contiguous()

@@ -1,0 +1,128 @@
+"""Load a checkpoint folder as a `Model`: tokens in, logits out, KV in the arena.
+
+The model code is transformers'; only its attention is replaced. Architectures that can't be served
+so are refused, by their configuration before loading and by a probe after it.
+"""
+
+import logging
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from memserve.errors import ModelNotFound, UnsupportedModel
+from memserve.model.attention.interface import IMPLEMENTATION, register
+from memserve.model.attention.native import load_kernels
+from memserve.model.attention.paged import PagedAttention
+from memserve.model.probe import disagreement, eager_logits, probe_sequences
+from memserve.model.rotary import fix_longrope
+from memserve.model.spec import ModelSpec
+from memserve.model.step import StepInput
+from memserve.model.support import check_config, layer_windows, model_spec
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Model:
+    """A language model over paged KV. One step at a time."""
+
+    def __init__(self, spec: ModelSpec, module: PreTrainedModel, attention: PagedAttention) -> None:
+        self.spec = spec
+        self._module = module
+        self._attention = attention
+
+    @property
+    def attention(self) -> str:
+        """Name of the attention implementation, for the log."""
+        return self._attention.name
+
+    @torch.inference_mode()
+    def forward(self, step: StepInput, arena: torch.Tensor) -> torch.Tensor:
+        """Logits float32 [N, vocab_size] of `step.output_rows`; writes the step's K and V.
+
+        `arena` is [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim] of the spec's
+        dtype, each block contiguous.
+        """
+        batch = self._attention.begin(step, arena)
+        output = self._module(
+            input_ids=step.token_ids[None],
+            position_ids=step.positions[None],
+            use_cache=False,
+            logits_to_keep=step.output_rows,
+            memserve_batch=batch,
+        )
+        logits: torch.Tensor = output.logits[0]
+        return logits.float()
+
+
+def load_model(
+    folder: Path, *, device: str, dtype: str, max_model_len: int | None, block_size: int
+) -> Model:
+    """Load the Hugging Face checkpoint in `folder` and check that it computes what it should.
+
+    `max_model_len` None: as long as the configuration allows. `block_size` is the arena's, for the
+    check. Raises `ModelNotFound` if there is no checkpoint, `UnsupportedModel` with the reason if
+    this engine can't serve it.
+    """
+    if device != "cpu":
+        raise UnsupportedModel(f"device {device} isn't supported yet, only cpu")
+    if dtype not in DTYPES:
+        raise UnsupportedModel(f"{dtype} isn't supported on the CPU, only {' and '.join(DTYPES)}")
+    config = _read_config(folder)
+    check_config(config)
+    module = _load_module(folder, config, DTYPES[dtype])
+    spec = model_spec(
+        config,
+        architecture=type(module).__name__,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        eos_token_ids=_eos_token_ids(module),
+    )
+    fix_longrope(module, spec.max_model_len)
+    sequences = probe_sequences(spec.vocab_size)
+    expected = eager_logits(module, sequences)
+    attention = PagedAttention(
+        load_kernels(),
+        num_query_heads=spec.num_query_heads,
+        windows=layer_windows(config.get_text_config()),
+    )
+    register()
+    module.set_attn_implementation(IMPLEMENTATION)
+    model = Model(spec, module, attention)
+    problem = disagreement(model, sequences, expected, block_size)
+    if problem is not None:
+        raise UnsupportedModel(f"{config.model_type}: {problem}")
+    return model
+
+
+def _read_config(folder: Path) -> PretrainedConfig:
+    if not (folder / "config.json").is_file():
+        raise ModelNotFound(f"{folder} holds no Hugging Face checkpoint (no config.json)")
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (ValueError, KeyError, OSError) as error:
+        raise UnsupportedModel(f"{folder}: {error}") from error
+
+
+def _load_module(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    disable_progress_bar()
+    try:
+        module = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, attn_implementation="eager", local_files_only=True
+        )
+    except OSError as error:
+        raise ModelNotFound(f"{folder}: {error}") from error
+    return module.eval()
+
+
+def _eos_token_ids(module: PreTrainedModel) -> list[int]:
+    generation = module.generation_config
+    chosen = None if generation is None else generation.eos_token_id
+    if chosen is None:
+        chosen = module.config.get_text_config().eos_token_id
+    if chosen is None:
+        return []
+    return list(chosen) if isinstance(chosen, list) else [chosen]

@@ -1,0 +1,31 @@
+"""The input of one model step: slices of sequences, packed one behind the other.
+
+Values only. A sequence's slice is a chunk of its prompt or its newest token; the scheduler makes no
+difference between them, and nothing here does.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """T tokens of S sequences, all tensors contiguous on the CPU.
+
+    Position p of sequence s has its KV in block `block_table[s, p // block_size]`, row
+    `p % block_size`. All KV before a slice must be in the arena already; the step writes its own.
+    """
+
+    token_ids: torch.Tensor
+    """int64 [T]"""
+    positions: torch.Tensor
+    """int64 [T], each token's index in its sequence"""
+    query_start: torch.Tensor
+    """int32 [S + 1]: the tokens of sequence s are query_start[s] to query_start[s + 1]"""
+    kv_len: torch.Tensor
+    """int32 [S]: tokens that the sequence's last token of this step may see, itself included"""
+    block_table: torch.Tensor
+    """int32 [S, max_blocks]; entries beyond a sequence's length are never read"""
+    output_rows: torch.Tensor
+    """int64 [N]: the tokens, counted in the step, whose logits are wanted"""
