@@ -14,7 +14,7 @@ from memserve.model.attention.paged import PagedBatch, rows_contiguous
 
 IMPLEMENTATION = "memserve"
 
-HARMLESS = frozenset({"position_ids", "use_cache", "cache_position", "output_attentions"})
+HARMLESS = frozenset({"position_ids", "use_cache", "cache_position", "output_router_logits"})
 """Arguments without influence on the result of paged causal attention."""
 
 
@@ -65,7 +65,7 @@ def _refuse(mask: torch.Tensor | None, arguments: dict[str, Any]) -> None:
     if arguments.pop("dropout", 0.0) or arguments.pop("is_causal", None) is False:
         raise UnsupportedModel("the model's attention isn't plain causal attention")
     for name, value in arguments.items():
-        if value is not None and name not in HARMLESS:
+        if value is not None and value is not False and name not in HARMLESS:
             raise UnsupportedModel(f"the model's attention takes `{name}`, which isn't supported")
 
 
