@@ -70,6 +70,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     weights: str
     """Folder of the Hugging Face checkpoint."""
+    eos_token_ids: tuple[int, ...]
     device: str
     dtype: str
     max_model_len: int

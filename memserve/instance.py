@@ -93,9 +93,14 @@ class Instance:
         self._arena_descriptor: int | None = None
 
     @property
+    def role(self) -> Role:
+        """What the scheduler sends to it."""
+        return self.load.role
+
+    @property
     def name(self) -> str:
         """Name for logs and metrics, such as `prefill-0`."""
-        return f"{self.plan.role}-{self.number}"
+        return f"{self.role}-{self.number}"
 
     @property
     def num_cache_tokens(self) -> int:

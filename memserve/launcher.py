@@ -5,7 +5,6 @@ workers start; nothing is left behind however it ends.
 """
 
 import asyncio
-import dataclasses
 import logging
 import signal
 import socket
@@ -20,6 +19,7 @@ from aiohttp import web
 from memserve.cluster import Cluster
 from memserve.config import EngineConfig, ServeConfig, parse_size
 from memserve.errors import UsageError
+from memserve.frontend import ServerSettings
 from memserve.instance import InstancePlan
 from memserve.machine import available_memory, divide_cores, has_fast_bf16, usable_cores
 from memserve.model.prepared import PreparedModel, ProgressLine, prepare_in_child
@@ -40,7 +40,6 @@ class Server:
     url: str
     model_name: str
     cluster: Cluster
-    app: web.Application
 
 
 def plan_instances(config: ServeConfig, prepared: PreparedModel) -> list[InstancePlan]:
@@ -60,6 +59,7 @@ def plan_instances(config: ServeConfig, prepared: PreparedModel) -> list[Instanc
     shares = divide_cores(usable_cores(), len(roles))
     engine = EngineConfig(
         weights=prepared.weights,
+        eos_token_ids=prepared.eos_token_ids,
         device="cpu",
         dtype=dtype,
         max_model_len=max_model_len,
@@ -108,35 +108,41 @@ async def serving(
     Raises `UsageError` if it can't start: a port in use, too little memory, a model that the engine
     can't serve.
     """
+    tokenizer = Tokenizer(prepared, chat_template=read_template(config.chat_template))
     with listen(config.host, config.port) as sock:
         plans = plan_instances(config, prepared)
         cluster = Cluster(plans, max_num_queued_reqs=config.max_num_queued_reqs, policy=policy)
         async with cluster.running():
-            prepared = limited(prepared, plans[0].engine, cluster)
-            model_name = config.served_model_name or prepared.name
-            app = create_app(cluster, Tokenizer.load(prepared), config, prepared, model_name)
+            settings = ServerSettings(
+                model_name=config.served_model_name or prepared.name,
+                max_model_len=servable_length(plans[0].engine, cluster),
+                vocab_size=prepared.vocab_size,
+                seed=config.seed,
+                api_key=config.api_key,
+            )
+            app = create_app(cluster, tokenizer, settings)
             runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
             await runner.setup()
             try:
                 site = web.SockSite(runner, sock, shutdown_timeout=config.shutdown_timeout)
                 await site.start()
                 host, port = sock.getsockname()[:2]
-                yield Server(f"http://{host}:{port}", model_name, cluster, app)
+                yield Server(f"http://{host}:{port}", settings.model_name, cluster)
             finally:
                 await runner.cleanup()
 
 
-def limited(prepared: PreparedModel, engine: EngineConfig, cluster: Cluster) -> PreparedModel:
-    """The model with the length that can be served: as configured, and as the KV cache allows."""
-    limit = min(engine.max_model_len, cluster.max_sequence_tokens)
-    if limit < engine.max_model_len:
-        logger.warning(
-            "the KV cache of a worker holds %d tokens: longer requests than that are refused "
-            "(raise --kv-cache-memory for the model's %d)",
-            limit,
-            engine.max_model_len,
-        )
-    return dataclasses.replace(prepared, max_model_len=limit)
+def servable_length(engine: EngineConfig, cluster: Cluster) -> int:
+    """Longest prompt plus answer in tokens: as configured, and as the KV cache allows."""
+    if cluster.max_sequence_tokens >= engine.max_model_len:
+        return engine.max_model_len
+    logger.warning(
+        "the KV cache of a worker holds %d tokens: longer requests are refused "
+        "(raise --kv-cache-memory for the model's %d)",
+        cluster.max_sequence_tokens,
+        engine.max_model_len,
+    )
+    return cluster.max_sequence_tokens
 
 
 def listen(host: str, port: int) -> socket.socket:

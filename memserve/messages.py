@@ -193,7 +193,7 @@ class Rejected(msgspec.Struct, frozen=True, tag=True):
     status: int
 
 
-class TierStats(msgspec.Struct, frozen=True, tag=True):
+class TierStats(msgspec.Struct, frozen=True):
     """Counts of blocks and what happened to them; see `memserve.pool.mempool`."""
 
     total: int

@@ -64,14 +64,13 @@ class Engine:
         pool: MemPool,
         runner: StepRunner,
         *,
-        eos_token_ids: frozenset[int],
         start_copy: StartCopy,
         map_peer: Callable[[MapPeer], None],
     ) -> None:
         self._link = link
         self._pool = pool
         self._runner = runner
-        self._eos_token_ids = eos_token_ids
+        self._eos_token_ids = frozenset(config.eos_token_ids)
         self._map_peer = map_peer
         claims = Claims(pool)
         self._batcher = Batcher(

@@ -77,7 +77,6 @@ def serve(configure: Configure, link: Link, descriptors: socket.socket) -> None:
         link,
         MemPool(arena.descriptor, arena.generations),
         Runner(model, arena.tensor),
-        eos_token_ids=frozenset(model.spec.eos_token_ids),
         start_copy=copier.start,
         map_peer=map_peer,
     )

@@ -18,6 +18,7 @@ from contextlib import asynccontextmanager
 
 import numpy as np
 import torch
+from memserve.model.sampling import Sampled
 
 from memserve.channel import receive_descriptor, send_descriptor
 from memserve.cluster import Cluster
@@ -25,7 +26,6 @@ from memserve.config import EngineConfig
 from memserve.generation import Generation
 from memserve.instance import InstancePlan, WorkerProcess
 from memserve.messages import Configure, MapPeer, Ready, SamplingParams
-from memserve.model.sampling import Sampled
 from memserve.pool.arena import Arena
 from memserve.pool.generations import load_native_blocks
 from memserve.pool.mempool import MemPool
@@ -139,9 +139,7 @@ class ThreadWorker:
             dtype="float32",
         )
         native = load_native_blocks()
-        arena = Arena(
-            layout, instance=configure.instance, epoch=configure.epoch, native=native
-        )
+        arena = Arena(layout, instance=configure.instance, epoch=configure.epoch, native=native)
         transfer = MemfdTransfer(arena, native)
         copier = Copier(transfer, link.inbox)
 
@@ -155,7 +153,6 @@ class ThreadWorker:
             link,
             MemPool(arena.descriptor, arena.generations),
             OracleRunner(arena.tensor, self._step_seconds),
-            eos_token_ids=frozenset(),
             start_copy=copier.start,
             map_peer=map_peer,
         )
@@ -186,6 +183,7 @@ async def rig(options: RigOptions, policy: Policy | None = None) -> AsyncIterato
     """A running cluster; at the end every block must be home and no worker may have failed."""
     engine = EngineConfig(
         weights="",
+        eos_token_ids=(),
         device="cpu",
         dtype="float32",
         max_model_len=1000,
