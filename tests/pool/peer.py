@@ -93,7 +93,8 @@ def recycles_blocks(connection: socket.socket, layout: ArenaLayout) -> None:
             blocks = pool.alloc_mem(2)
             refs = pool.refs(blocks)
             for ref in refs:
-                arena.tensor[ref.block].fill_(mark(ref))
+                # numpy: torch's threads on both sides would fight for the cores.
+                arena.tensor[ref.block].numpy().fill(mark(ref))
             with suppress(BlockingIOError):  # the reader has enough to read
                 connection.send(msgspec.msgpack.encode(refs))
             time.sleep(pause.uniform(0, 300e-6))

@@ -171,3 +171,20 @@ def test_every_name_that_the_package_offers_can_be_imported() -> None:
         assert getattr(memserve.pool, name).__name__ == name
     with pytest.raises(AttributeError):
         _ = memserve.pool.nothing_like_this
+
+
+def test_values_in_use_are_looked_at_once_and_not_again_at_every_eviction() -> None:
+    index: RadixIndex[int] = RadixIndex(1)
+    for value in range(100):
+        index.insert([value], [value])
+    looked_at: list[int] = []
+
+    def evictable(value: int) -> bool:
+        looked_at.append(value)
+        return value >= 50
+
+    assert index.evict(1, evictable) == [50]
+    assert looked_at == list(range(51))
+    looked_at.clear()
+    assert index.evict(2, evictable) == [51, 52]
+    assert looked_at == [51, 52]
