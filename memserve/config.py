@@ -32,7 +32,7 @@ class ServeConfig:
 
     host: str = _flag("127.0.0.1", "Address to listen on.")
     port: int = _flag(8000, "Port to listen on; 0 takes a free one.")
-    served_model_name: str | None = _flag(None, "Name in the API [default: MODEL as given].")
+    served_model_name: str | None = _flag(None, "Name in the API [default: the model's own].")
     api_key: str | None = _flag(None, "Key that clients must send as a bearer token.")
     prefill: int | None = _flag(None, "Number of prefill workers.")
     decode: int | None = _flag(None, "Number of decode workers.")

@@ -1,10 +1,12 @@
 """What this machine offers: cores, memory, processor features. Linux only."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
 MEMINFO = Path("/proc/meminfo")
+CONTROL_GROUP = Path("/sys/fs/cgroup")
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 
 
@@ -24,7 +26,18 @@ def has_fast_bf16() -> bool:
 
 
 def available_memory() -> int:
-    """Bytes that new processes can use without swapping, as the kernel estimates."""
+    """Bytes that new processes may take: the machine's, or this control group's if that is less."""
+    available = _meminfo_available()
+    with suppress(OSError, ValueError):  # no limit ("max"), or no control group at all
+        limit = int((CONTROL_GROUP / "memory.max").read_text())
+        used = int((CONTROL_GROUP / "memory.current").read_text())
+        lines = (CONTROL_GROUP / "memory.stat").read_text().splitlines()
+        reclaimable = int(dict(line.split() for line in lines).get("inactive_file", 0))
+        available = min(available, limit - used + reclaimable)
+    return available
+
+
+def _meminfo_available() -> int:
     for line in MEMINFO.read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024

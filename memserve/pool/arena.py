@@ -11,14 +11,13 @@ import fcntl
 import logging
 import mmap
 import os
-from contextlib import suppress
-from pathlib import Path
 from typing import final
 
 import numpy as np
 import torch
 
 from memserve.errors import UsageError
+from memserve.machine import available_memory
 from memserve.pool.generations import GenerationTable, NativeBlocks
 from memserve.pool.header import GENERATIONS_OFFSET, blocks_offset, pack_header, total_bytes
 from memserve.pool.refs import ArenaDescriptor, ArenaLayout, Tier
@@ -106,25 +105,6 @@ def _reserve(fd: int, size: int) -> mmap.mmap:
     # Sealed after our own writable mapping exists: no other can ever be made, here or elsewhere.
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
     return mapping
-
-
-def available_memory() -> int:
-    """Bytes that this process may still take: the machine's, or its control group's if less."""
-    available = _meminfo_available()
-    group = Path("/sys/fs/cgroup")
-    with suppress(OSError, ValueError):  # no limit ("max"), or no control group at all
-        limit = int((group / "memory.max").read_text())
-        used = int((group / "memory.current").read_text())
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        available = min(available, limit - used + int(stat.get("inactive_file", 0)))
-    return available
-
-
-def _meminfo_available() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _require_memory(size: int) -> None:

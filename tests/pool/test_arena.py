@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from memserve.errors import UsageError
+from memserve.machine import available_memory
 from memserve.pool import arena as arena_module
-from memserve.pool.arena import Arena, available_memory
+from memserve.pool.arena import Arena
 from memserve.pool.header import blocks_offset
 from memserve.pool.refs import ArenaLayout, Tier
 

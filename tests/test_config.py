@@ -1,0 +1,107 @@
+"""Flags, their environment twins, and configuration files."""
+
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from memserve import launcher
+from memserve.cli import cli
+from memserve.config import ServeConfig, parse_size, read_config_file
+from memserve.errors import UsageError
+from memserve.machine import divide_cores
+from memserve.scheduler.placement import Role
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str | None, ServeConfig]]:
+    """What `memserve serve` would have served."""
+    calls: list[tuple[str | None, ServeConfig]] = []
+    monkeypatch.setattr(launcher, "serve", lambda model, config: calls.append((model, config)))
+    return calls
+
+
+def run(*arguments: str, env: dict[str, str] | None = None) -> None:
+    result = CliRunner(env=env).invoke(cli, ["serve", *arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("2G", 2 << 30), ("512MiB", 512 << 20), ("1.5k", 1536), ("77", 77)]
+)
+def test_sizes_are_read_with_their_units(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "G", "2Q", "-1G", "0", "1e999", "two"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(UsageError):
+        parse_size(text)
+
+
+def test_without_flags_the_defaults_of_the_dataclass_hold(
+    served: list[tuple[str | None, ServeConfig]],
+) -> None:
+    run()
+    assert served == [(None, ServeConfig())]
+
+
+def test_a_flag_wins_over_the_environment_and_that_over_the_file(
+    served: list[tuple[str | None, ServeConfig]], tmp_path: Path
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("port: 1\nseed: 2\nmax-num-seqs: 3\n")
+    run(
+        "--config",
+        str(file),
+        "--port",
+        "10",
+        env={"MEMSERVE_PORT": "20", "MEMSERVE_SEED": "20", "MEMSERVE_MODEL": "org/name"},
+    )
+    assert served == [("org/name", ServeConfig(port=10, seed=20, max_num_seqs=3))]
+
+
+def test_toml_files_are_read_too(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text('host = "::1"\nkv-cache-memory = "2G"\n')
+    assert read_config_file(file) == {"host": "::1", "kv_cache_memory": "2G"}
+
+
+@pytest.mark.parametrize("text", ["prot: 1", "[1, 2]", "a: [", "port 1: : 2"])
+def test_a_file_that_is_no_table_of_flags_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError):
+        read_config_file(file)
+
+
+def test_every_flag_is_documented() -> None:
+    command = cli.commands["serve"]
+    options = [each for each in command.params if isinstance(each, click.Option)]
+    assert all(option.help for option in options)
+
+
+def test_the_default_is_one_worker_of_each_role() -> None:
+    assert launcher.choose_roles(ServeConfig()) == [Role.PREFILL, Role.DECODE]
+
+
+def test_roles_are_counted_as_asked() -> None:
+    config = ServeConfig(prefill=2, mixed=1)
+    assert launcher.choose_roles(config) == [Role.PREFILL, Role.PREFILL, Role.MIXED]
+
+
+@pytest.mark.parametrize(
+    "config", [ServeConfig(prefill=1), ServeConfig(decode=1), ServeConfig(mixed=0)]
+)
+def test_a_role_that_nobody_fills_is_refused(config: ServeConfig) -> None:
+    with pytest.raises(UsageError):
+        launcher.choose_roles(config)
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "shares"),
+    [(1, [[0, 1, 2, 3, 4]]), (2, [[0, 1], [2, 3]]), (6, [[0], [1], [2], [3], [4], [0]])],
+)
+def test_cores_are_divided_among_the_workers(num_workers: int, shares: list[list[int]]) -> None:
+    assert divide_cores([0, 1, 2, 3, 4], num_workers) == shares
