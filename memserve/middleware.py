@@ -24,6 +24,7 @@ from memserve.openai.responses import error_body
 logger = logging.getLogger(__name__)
 
 REQUEST_ID_HEADER = "X-Request-Id"
+REQUEST_KEY = web.RequestKey("REQUEST_KEY", str)
 OPEN_PATHS = frozenset({"/health"})
 """What answers without an API key."""
 
@@ -32,13 +33,10 @@ RETRY_AFTER_S = 1
 
 def request_id(request: web.Request) -> str:
     """The id of the request: the client's own, where it is fit for a log, or a new one."""
-    name = "request_id"
-    if name not in request:
+    if REQUEST_KEY not in request:
         given = request.headers.get(REQUEST_ID_HEADER, "")
-        request[name] = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-    found = request[name]
-    assert isinstance(found, str)
-    return found
+        request[REQUEST_KEY] = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    return request[REQUEST_KEY]
 
 
 async def send_request_id(request: web.Request, response: web.StreamResponse) -> None:

@@ -1,0 +1,164 @@
+import itertools
+from collections.abc import Callable
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from memserve.messages import EngineStats, TierStats, TokenEvent
+from memserve.metrics import Metrics, kv_cache_usage, one_two_five
+from memserve.timeline import Moment, Timeline
+from tests.fakes import FakeInstance
+
+INSTANCES = [
+    FakeInstance(0, "prefill", EngineStats(num_waiting=2)),
+    FakeInstance(
+        1,
+        "decode",
+        EngineStats(
+            num_running=5,
+            num_preemptions=1,
+            num_queried_tokens=90,
+            num_cached_tokens=30,
+            num_pulled_blocks=4,
+            hbm=TierStats(total=20, free=10, active=4, historical=5, in_flight=1),
+        ),
+    ),
+]
+
+
+def ticking(step: float = 1.0) -> Callable[[], float]:
+    """A clock that goes on by `step` whenever somebody looks."""
+    ticks = itertools.count()
+    return lambda: next(ticks) * step
+
+
+def event(position: int, *, cached: int = 0) -> TokenEvent:
+    return TokenEvent(ticket=1, position=position, token=5, num_cached_tokens=cached)
+
+
+def scrape(metrics: Metrics) -> dict[tuple[str, ...], float]:
+    """Every sample: (name, engine, other labels' values but the model's) -> value."""
+    text, content_type = metrics.exposition("")
+    assert content_type.startswith("text/plain")
+    samples = {}
+    for family in text_string_to_metric_families(text.decode()):
+        for sample in family.samples:
+            labels = dict(sample.labels)
+            assert labels.pop("model_name") == "org/model"
+            samples[sample.name, labels.pop("engine"), *labels.values()] = sample.value
+    return samples
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    return Metrics("org/model", 1000, lambda: INSTANCES)
+
+
+def test_a_request_is_measured_from_its_timeline(metrics: Metrics) -> None:
+    life = Timeline("r", on_gap=metrics.token_gap, clock=ticking())  # arrived at 0
+    life.num_prompt_tokens, life.max_tokens = 12, 100
+    life.stamp(Moment.ADMITTED)  # 1
+    life.token(0, 0, event(0, cached=8))  # the token at 2, the stamp at 3
+    life.token(0, 0, event(1))  # 4
+    life.token(0, 0, event(2))  # 5
+    life.finish_choice(0, "stop")
+    life.stamp(Moment.LAST_TOKEN)  # 6
+    life.stamp(Moment.FINISHED)  # 7
+    metrics.ended(life)
+    found = scrape(metrics)
+    frontend = "frontend"
+    assert found["memserve:time_to_first_token_seconds_sum", frontend] == 3
+    assert found["memserve:inter_token_latency_seconds_sum", frontend] == 3
+    assert found["memserve:inter_token_latency_seconds_count", frontend] == 2
+    assert found["memserve:request_time_per_output_token_seconds_sum", frontend] == 1.5
+    assert found["memserve:e2e_request_latency_seconds_sum", frontend] == 7
+    assert found["memserve:request_decode_time_seconds_sum", frontend] == 3
+    assert found["memserve:prompt_tokens_total", frontend] == 12
+    assert found["memserve:prompt_tokens_cached_total", frontend] == 8
+    assert found["memserve:generation_tokens_total", frontend] == 3
+    assert found["memserve:request_success_total", frontend, "stop"] == 1
+    assert found["memserve:request_success_total", frontend, "length"] == 0
+    assert found["memserve:requests_total", frontend, "finished"] == 1
+    assert found["memserve:request_params_max_tokens_sum", frontend] == 100
+
+
+@pytest.mark.parametrize(("end", "reason"), [(Moment.ABORTED, "abort"), (Moment.FAILED, "error")])
+def test_an_unfinished_choice_counts_by_how_its_request_ended(
+    metrics: Metrics, end: Moment, reason: str
+) -> None:
+    life = Timeline("r", on_gap=metrics.token_gap)
+    life.token(0, 0, event(0))
+    life.token(0, 1, event(0))
+    life.finish_choice(1, "length")
+    life.stamp(end)
+    metrics.ended(life)
+    found = scrape(metrics)
+    assert found["memserve:request_success_total", "frontend", reason] == 1
+    assert found["memserve:request_success_total", "frontend", "length"] == 1
+    assert found["memserve:e2e_request_latency_seconds_count", "frontend"] == 0
+
+
+def test_a_refused_request_counts_no_tokens(metrics: Metrics) -> None:
+    life = Timeline("r", on_gap=metrics.token_gap)
+    life.num_prompt_tokens = 50
+    life.stamp(Moment.REFUSED)
+    metrics.ended(life)
+    found = scrape(metrics)
+    assert found["memserve:requests_total", "frontend", "refused"] == 1
+    assert found["memserve:prompt_tokens_total", "frontend"] == 0
+
+
+def test_each_instance_has_its_series_read_at_the_time_of_the_scrape(metrics: Metrics) -> None:
+    found = scrape(metrics)
+    assert found["memserve:num_requests_waiting", "0", "prefill"] == 2
+    assert found["memserve:num_requests_running", "1", "decode"] == 5
+    assert found["memserve:kv_cache_usage_perc", "1", "decode"] == 0.25
+    assert found["memserve:prefix_cache_queries_total", "1", "decode"] == 90
+    assert found["memserve:prefix_cache_hits_total", "1", "decode"] == 30
+    assert found["memserve:num_preemptions_total", "1", "decode"] == 1
+    assert found["memserve:pulled_blocks_total", "1", "decode"] == 4
+    assert found["memserve:kv_blocks", "1", "decode", "historical"] == 5
+    INSTANCES[0].stats, before = EngineStats(num_waiting=9), INSTANCES[0].stats
+    try:
+        assert scrape(metrics)["memserve:num_requests_waiting", "0", "prefill"] == 9
+    finally:
+        INSTANCES[0].stats = before
+
+
+def test_two_apps_do_not_share_a_registry(metrics: Metrics) -> None:
+    other = Metrics("org/model", 1000, list)
+    metrics.token_gap(1.0)
+    assert scrape(other)["memserve:inter_token_latency_seconds_count", "frontend"] == 0
+
+
+def test_openmetrics_is_spoken_to_those_who_ask(metrics: Metrics) -> None:
+    text, content_type = metrics.exposition("application/openmetrics-text; version=1.0.0")
+    assert content_type.startswith("application/openmetrics-text")
+    assert text.endswith(b"# EOF\n")
+
+
+def test_cached_tokens_of_a_prompt_are_what_every_choice_skipped() -> None:
+    life = Timeline("r", on_gap=lambda gap: None)
+    life.token(0, 0, event(0, cached=16))
+    life.token(0, 1, event(0, cached=48))
+    life.token(1, 2, event(0, cached=32))
+    assert life.num_cached_tokens == 16 + 32
+
+
+def test_the_first_stamp_of_a_moment_counts() -> None:
+    life = Timeline("r", on_gap=lambda gap: None, clock=ticking())
+    life.stamp(Moment.ADMITTED)
+    life.stamp(Moment.ADMITTED)
+    assert life.seconds(Moment.ARRIVED, Moment.ADMITTED) == 1
+    assert life.end is None
+    assert life.duration is None
+
+
+def test_an_arena_that_is_unknown_is_not_in_use() -> None:
+    assert kv_cache_usage(EngineStats()) == 0.0
+
+
+def test_length_buckets_stop_at_the_longest_sequence() -> None:
+    assert one_two_five(100) == [1, 2, 5, 10, 20, 50, 100]
+    assert one_two_five(99) == [1, 2, 5, 10, 20, 50]
+    assert one_two_five(0) == [1]
