@@ -93,10 +93,17 @@ def choose_roles(config: ServeConfig) -> list[Role]:
 
 
 def cache_bytes(config: ServeConfig, num_workers: int) -> int:
-    """Bytes of KV cache for each worker."""
-    if config.kv_cache_memory is not None:
-        return parse_size(config.kv_cache_memory)
-    return min(available_memory() // (8 * num_workers), MAX_DEFAULT_CACHE)
+    """Bytes of KV cache for each worker. Raises `UsageError` if the machine can't hold them all."""
+    available = available_memory()
+    if config.kv_cache_memory is None:
+        return min(available // (8 * num_workers), MAX_DEFAULT_CACHE)
+    wanted = parse_size(config.kv_cache_memory)
+    if wanted * num_workers > available:
+        raise UsageError(
+            f"too little memory: {num_workers} workers with --kv-cache-memory "
+            f"{config.kv_cache_memory} each need more than the {available / 2**30:.1f} GiB available"
+        )
+    return wanted
 
 
 @asynccontextmanager

@@ -1,15 +1,21 @@
 """Starting and ending: nothing is left behind, mistakes are one line and exit code 2."""
 
+import dataclasses
 import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from tests.e2e.servers import SMALL, children, serve, shared_memory_files, wait_until_gone
+from memserve import launcher
+from memserve.cluster import Cluster
+from memserve.config import ServeConfig
+from memserve.errors import UsageError
+from memserve.model.prepared import PreparedModel
+from tests.e2e.servers import SMALL, serve, shared_memory_files, wait_until_gone
 
 
 def refused(*arguments: str) -> str:
@@ -60,15 +66,18 @@ def test_too_little_memory_is_one_clear_line() -> None:
     assert "--kv-cache-memory" in line
 
 
-def test_a_worker_that_can_not_start_ends_the_others(log: Path) -> None:
-    command = [sys.executable, "-m", "memserve", "serve", "--kv-cache-memory", "90T", "--port", "0"]
-    with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output) as run:
-        workers: set[int] = set()
-        while run.poll() is None:
-            workers |= set(children(run.pid))
-            time.sleep(0.05)
-    assert workers
-    wait_until_gone(list(workers))
+async def test_a_worker_that_can_not_start_ends_the_others(demo_model: PreparedModel) -> None:
+    good, *_ = launcher.plan_instances(ServeConfig(kv_cache_memory="64M"), demo_model)
+    bad_engine = msgspec.structs.replace(good.engine, weights="/nowhere/at/all")
+    plans = [good, dataclasses.replace(good, engine=bad_engine)]
+    cluster = Cluster(plans, max_num_queued_reqs=1)
+    with pytest.raises(UsageError, match="/nowhere/at/all"):
+        async with cluster.running():
+            raise AssertionError("it started")
+    assert [each.process and each.process.returncode is not None for each in cluster.instances] == [
+        True,
+        True,
+    ]
 
 
 def test_nobody_to_decode_is_refused() -> None:

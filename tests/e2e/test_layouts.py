@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from memserve.model.prepared import PreparedModel
+from tests.e2e.greedy import assert_greedy
 from tests.e2e.servers import ServerProcess, assert_all_home
 
 MODEL = "SmolLM2-135M-Instruct"
@@ -15,7 +16,6 @@ PROMPTS = [
     "one two three four five " * 200,
 ]
 NUM_TOKENS = 24
-NEAR_TIE = 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -26,17 +26,6 @@ def reference(demo_model: PreparedModel) -> Any:
 
     torch.set_num_threads(2)
     return AutoModelForCausalLM.from_pretrained(demo_model.weights, dtype=torch.float32).eval()
-
-
-def assert_greedy(reference: Any, prompt: list[int], answer: list[int]) -> None:
-    """Every token of the answer has the highest score, or one within a near-tie of it."""
-    import torch
-
-    ids = torch.tensor([prompt + answer])
-    with torch.inference_mode():
-        scores = reference(ids).logits[0, len(prompt) - 1 : -1]
-    chosen = scores.gather(1, torch.tensor(answer)[:, None])[:, 0]
-    assert torch.all(scores.max(1).values - chosen < NEAR_TIE)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=["short", "code", "long", "chunked"])

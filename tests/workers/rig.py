@@ -241,12 +241,18 @@ def at_rest(stats: object) -> bool:
 
 
 def generation(
-    number: int, prompt: Sequence[int], max_tokens: int, *, choices: int = 1, salt: str = ""
+    number: int,
+    prompt: Sequence[int],
+    max_tokens: int,
+    *,
+    choices: int = 1,
+    salt: str = "",
+    greedy: bool = False,
 ) -> Generation:
     return Generation(
         request_id=f"request-{number}",
         prompt=list(prompt),
-        sampling=SamplingParams(max_tokens=max_tokens, seed=0),
+        sampling=SamplingParams(max_tokens=max_tokens, seed=0, temperature=0.0 if greedy else 1.0),
         num_choices=choices,
         cache_salt=salt,
     )
