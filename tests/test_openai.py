@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memserve.errors import InvalidRequest, NotFound, RequestFailed
@@ -97,12 +97,14 @@ def test_another_models_name_is_not_found(model: ServedModel) -> None:
 
 def test_bodies_survive_any_json_with_an_error_that_names_no_internals(model: ServedModel) -> None:
     fields = (*CompletionRequest.__struct_fields__, *ChatRequest.__struct_fields__)
+    text = st.text(alphabet='ab1{"é', max_size=5)
     values = st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | text,
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3),
         max_leaves=5,
     )
 
+    @settings(deadline=None)
     @given(st.dictionaries(st.sampled_from(fields), values, max_size=4))
     def check(extra: dict[str, Any]) -> None:
         for make in (completion, chat):
@@ -136,6 +138,7 @@ def absorb_all(choice: Choice, tokens: list[int], finish: str = "length") -> Del
     return delta
 
 
+@settings(deadline=None)
 @given(
     text=st.text(alphabet="abcé🌍", max_size=30),
     stops=st.lists(st.text(alphabet="abcé🌍", min_size=1, max_size=3), max_size=3),
@@ -151,6 +154,11 @@ def test_an_answer_is_the_text_up_to_its_first_stop(
     assert delta.text == expected
     assert delta.finish_reason == "stop"
     assert (delta.stop_reason in stops) == bool(ends)
+
+
+def test_a_stop_string_among_the_least_tokens_is_text(tokenizer: Tokenizer) -> None:
+    choice = Choice(0, TextRules(stops=("c",), min_tokens=3), tokenizer)
+    assert absorb_all(choice, tokenizer.encode("abcabc")).text == "abcab"
 
 
 def test_a_stop_string_completed_by_the_last_token_is_a_stop(tokenizer: Tokenizer) -> None:

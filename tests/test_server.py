@@ -4,6 +4,7 @@ import gzip
 import json
 import logging
 import re
+import threading
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -717,13 +718,23 @@ async def test_a_slow_client_gets_fewer_chunks_and_the_same_text(tokenizer: Toke
     assert len(events) < 128 * 400 / 2
 
 
-async def test_a_long_chat_is_encoded_off_the_event_loop(served: Served) -> None:
+async def test_a_long_chat_is_encoded_off_the_event_loop(
+    served: Served, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, threads = tokenizer.encode, []
+
+    def recording(text: str, *, add_special_tokens: bool = True) -> list[int]:
+        threads.append(threading.current_thread())
+        return encode(text, add_special_tokens=add_special_tokens)
+
+    monkeypatch.setattr(tokenizer, "encode", recording)
     body = {"messages": [{"role": "user", "content": "word " * 4000}]}
     status, answer = await served.post(CHATS, body)
     assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
     status, answer = await served.post("/tokenize", body)
-    assert status == 200
-    assert answer["count"] > 20_000
+    assert (status, answer["count"] > 20_000) == (200, True)
+    await served.post("/tokenize", CHAT)
+    assert [thread is threading.main_thread() for thread in threads] == [False, False, True]
 
 
 async def test_tokens_and_text_convert_both_ways(served: Served, tokenizer: Tokenizer) -> None:
