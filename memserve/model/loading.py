@@ -6,6 +6,7 @@ so are refused, by their configuration before loading and by a probe after it.
 
 import logging
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -14,7 +15,8 @@ from transformers.utils.logging import disable_progress_bar
 from memserve.errors import ModelNotFound, UnsupportedModel
 from memserve.model.attention.interface import IMPLEMENTATION, register
 from memserve.model.attention.native import load_kernels
-from memserve.model.attention.paged import PagedAttention
+from memserve.model.attention.paged import PagedAttention, PagedBatch
+from memserve.model.fused import FusedDecoder, can_fuse
 from memserve.model.probe import disagreement, eager_logits, probe_sequences
 from memserve.model.rotary import fix_longrope
 from memserve.model.spec import ModelSpec
@@ -26,12 +28,41 @@ log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+class Network(Protocol):
+    """What computes a step's logits."""
+
+    def forward(self, batch: PagedBatch) -> torch.Tensor:
+        """Logits [N, vocab_size] of the step's output rows."""
+
+
+class Transformer:
+    """A transformers model with its attention replaced by ours: the path that serves everything."""
+
+    def __init__(self, module: PreTrainedModel) -> None:
+        register()
+        module.set_attn_implementation(IMPLEMENTATION)
+        self._module = module
+
+    def forward(self, batch: PagedBatch) -> torch.Tensor:
+        """Logits [N, vocab_size] of the step's output rows, in the model's dtype."""
+        step = batch.step
+        output = self._module(
+            input_ids=step.token_ids[None],
+            position_ids=step.positions[None],
+            use_cache=False,
+            logits_to_keep=step.output_rows,
+            memserve_batch=batch,
+        )
+        logits: torch.Tensor = output.logits[0]
+        return logits
+
+
 class Model:
     """A language model over paged KV. One step at a time."""
 
-    def __init__(self, spec: ModelSpec, module: PreTrainedModel, attention: PagedAttention) -> None:
+    def __init__(self, spec: ModelSpec, network: Network, attention: PagedAttention) -> None:
         self.spec = spec
-        self._module = module
+        self._network = network
         self._attention = attention
 
     @property
@@ -46,16 +77,7 @@ class Model:
         `arena` is [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim] of the spec's
         dtype, each block contiguous.
         """
-        batch = self._attention.begin(step, arena)
-        output = self._module(
-            input_ids=step.token_ids[None],
-            position_ids=step.positions[None],
-            use_cache=False,
-            logits_to_keep=step.output_rows,
-            memserve_batch=batch,
-        )
-        logits: torch.Tensor = output.logits[0]
-        return logits.float()
+        return self._network.forward(self._attention.begin(step, arena)).float()
 
 
 def load_model(
@@ -84,14 +106,18 @@ def load_model(
     fix_longrope(module, spec.max_model_len)
     sequences = probe_sequences(spec.vocab_size)
     expected = eager_logits(module, sequences)
-    attention = PagedAttention(
-        load_kernels(),
-        num_query_heads=spec.num_query_heads,
-        windows=layer_windows(config.get_text_config()),
-    )
-    register()
-    module.set_attn_implementation(IMPLEMENTATION)
-    model = Model(spec, module, attention)
+    windows = layer_windows(config.get_text_config())
+    kernels = load_kernels()
+    attention = PagedAttention(kernels, num_query_heads=spec.num_query_heads, windows=windows)
+    if kernels is not None and can_fuse(module):
+        model = Model(spec, FusedDecoder(module, kernels, windows), attention)
+        problem = disagreement(model, sequences, expected, block_size)
+        if problem is None:
+            return model
+        log.warning("the fused path can't serve %s, transformers' own will: %s", folder, problem)
+        module = _load_module(folder, config, DTYPES[dtype])
+        fix_longrope(module, spec.max_model_len)
+    model = Model(spec, Transformer(module), attention)
     problem = disagreement(model, sequences, expected, block_size)
     if problem is not None:
         raise UnsupportedModel(f"{config.model_type}: {problem}")

@@ -56,12 +56,37 @@ struct Rows {
     int32_t last[MAX_ROWS];   // one past the last
 };
 
+// The keys of a run of context positions of one KV head: one row address per position.
+template <class T>
+void find_rows(const Call& call, const Unit& unit, int begin, int count,
+               const T** addresses) {
+    const Step& step = *call.step;
+    const int32_t* table = step.block_table + unit.sequence * step.table_stride;
+    const int64_t stride = int64_t(step.num_kv_heads) * step.head_dim;
+    int block = begin / step.block_size;
+    int row = begin % step.block_size;
+    for (int j = 0; j < count;) {
+        const T* base = static_cast<const T*>(step.arena) + table[block] * step.block_stride +
+                        call.layer * step.layer_stride + int64_t(unit.kv_head) * step.head_dim;
+        for (; row < step.block_size && j < count; row++, j++) addresses[j] = base + row * stride;
+        row = 0;
+        block++;
+    }
+}
+
+// A layer's rows of one KV head lie too far apart for the hardware to foresee.
+template <class T>
+void prefetch_rows(const Step& step, const T* const* rows, int64_t offset, int count) {
+    constexpr int LINE = 64 / sizeof(T);
+    for (int j = 0; j < count; j++)
+        for (int d = 0; d < step.head_dim; d += LINE) __builtin_prefetch(rows[j] + offset + d);
+}
+
 template <class T, int V>
-void load_tile(const Step& step, int64_t offset, const int32_t* table, int64_t layer, int begin,
-               int count, float (*tile)[V * LANES]) {
-    const int width = step.head_dim;
+void load_tile(int width, const T* const* rows, int64_t offset, int count,
+               float (*tile)[V * LANES]) {
     for (int j = 0; j < count; j++) {
-        const T* row = key_row<T>(step, layer, table, begin + j) + offset;
+        const T* row = rows[j] + offset;
         if (width == V * LANES) {
             for (int v = 0; v < V; v++) store(&tile[j][v * LANES], load(row + v * LANES));
         } else {
@@ -78,12 +103,15 @@ void score_tile(Rows<V>& rows, int num_rows, int begin, int count) {
         for (int r = 0; r < num_rows; r++) {
             floats product = load(rows.query[r]) * key[0];
             for (int v = 1; v < V; v++) product += load(&rows.query[r][v * LANES]) * key[v];
-            bool visible = begin + j >= rows.first[r] && begin + j < rows.last[r];
-            rows.scores[r][j] = visible ? sum(product) : NEG_INF;
+            rows.scores[r][j] = sum(product);
         }
     }
-    for (int r = 0; r < num_rows; r++)
-        for (int j = count; j < TILE; j++) rows.scores[r][j] = NEG_INF;
+    for (int r = 0; r < num_rows; r++) {
+        const int first = std::min(TILE, rows.first[r] - begin);
+        const int last = std::max(0, std::min(count, rows.last[r] - begin));
+        for (int j = 0; j < first; j++) rows.scores[r][j] = NEG_INF;
+        for (int j = last; j < TILE; j++) rows.scores[r][j] = NEG_INF;
+    }
 }
 
 // Turns scores into weights and rescales what was accumulated under the old maximum.
@@ -91,38 +119,60 @@ template <int V>
 void soften_tile(Rows<V>& rows, int num_rows) {
     for (int r = 0; r < num_rows; r++) {
         float* scores = rows.scores[r];
-        float top = rows.maximum[r];
-        for (int j = 0; j < TILE; j++) top = std::max(top, scores[j]);
+        floats tops = load(scores);
+        for (int j = LANES; j < TILE; j += LANES) {
+            floats next = load(scores + j);
+            tops = tops > next ? tops : next;
+        }
+        const float top = std::max(rows.maximum[r], largest(tops));
         if (top == NEG_INF) {
             std::memset(scores, 0, sizeof rows.scores[r]);
             continue;
         }
-        float shrink = rows.maximum[r] == NEG_INF ? 0.0f : std::exp(rows.maximum[r] - top);
         floats total{};
         for (int j = 0; j < TILE; j += LANES) {
             floats weight = exponential(load(scores + j) - top);
             store(scores + j, weight);
             total += weight;
         }
+        if (top == rows.maximum[r]) {
+            rows.total[r] += sum(total);
+            continue;
+        }
+        const float shrink = std::exp(rows.maximum[r] - top);
         rows.total[r] = rows.total[r] * shrink + sum(total);
         rows.maximum[r] = top;
-        if (shrink != 1.0f)
-            for (int v = 0; v < V; v++)
-                store(&rows.output[r][v * LANES], load(&rows.output[r][v * LANES]) * shrink);
+        for (int v = 0; v < V; v++)
+            store(&rows.output[r][v * LANES], load(&rows.output[r][v * LANES]) * shrink);
     }
+}
+
+// Adds the weighted values to R rows, whose sums stay in registers.
+template <int V, int R>
+void add_values_to(Rows<V>& rows, int row, int count) {
+    floats output[R][V];
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) output[r][v] = load(&rows.output[row + r][v * LANES]);
+    for (int j = 0; j < count; j++) {
+        floats value[V];
+        for (int v = 0; v < V; v++) value[v] = load(&rows.tile[j][v * LANES]);
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < V; v++) output[r][v] += value[v] * rows.scores[row + r][j];
+    }
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) store(&rows.output[row + r][v * LANES], output[r][v]);
 }
 
 template <int V>
 void add_values(Rows<V>& rows, int num_rows, int count) {
-    for (int r = 0; r < num_rows; r++) {
-        floats output[V];
-        for (int v = 0; v < V; v++) output[v] = load(&rows.output[r][v * LANES]);
-        for (int j = 0; j < count; j++) {
-            float weight = rows.scores[r][j];
-            for (int v = 0; v < V; v++) output[v] += load(&rows.tile[j][v * LANES]) * weight;
-        }
-        for (int v = 0; v < V; v++) store(&rows.output[r][v * LANES], output[v]);
+    int r = 0;
+    if constexpr (V <= 4) {
+        for (; r + 4 <= num_rows; r += 4) add_values_to<V, 4>(rows, r, count);
+        for (; r + 3 <= num_rows; r += 3) add_values_to<V, 3>(rows, r, count);
     }
+    if constexpr (V <= 8)
+        for (; r + 2 <= num_rows; r += 2) add_values_to<V, 2>(rows, r, count);
+    for (; r < num_rows; r++) add_values_to<V, 1>(rows, r, count);
 }
 
 template <class T, int V>
@@ -165,15 +215,20 @@ void run_unit(const Call& call, const Unit& unit, float* scratch) {
     Rows<V> rows;
     start_rows<T, V>(call, unit, rows);
     const int num_rows = unit.num_tokens * unit.num_heads;
-    const int32_t* table = step.block_table + unit.sequence * step.table_stride;
-    const int64_t key = int64_t(unit.kv_head) * step.head_dim;
-    for (int begin = unit.begin; begin < unit.end; begin += TILE) {
-        const int count = std::min(TILE, unit.end - begin);
-        load_tile<T, V>(step, key, table, call.layer, begin, count, rows.tile);
+    const T* addresses[2][TILE];
+    int count = std::min(TILE, unit.end - unit.begin);
+    find_rows(call, unit, unit.begin, count, addresses[0]);
+    for (int begin = unit.begin, now = 0; begin < unit.end; begin += TILE, now ^= 1) {
+        const int next_count = std::max(0, std::min(TILE, unit.end - begin - TILE));
+        find_rows(call, unit, begin + TILE, next_count, addresses[now ^ 1]);
+        prefetch_rows(step, addresses[now ^ 1], 0, next_count);
+        load_tile<T, V>(step.head_dim, addresses[now], 0, count, rows.tile);
         score_tile<V>(rows, num_rows, begin, count);
         soften_tile<V>(rows, num_rows);
-        load_tile<T, V>(step, key + step.value_stride, table, call.layer, begin, count, rows.tile);
+        prefetch_rows(step, addresses[now ^ 1], step.value_stride, next_count);
+        load_tile<T, V>(step.head_dim, addresses[now], step.value_stride, count, rows.tile);
         add_values<V>(rows, num_rows, count);
+        count = next_count;
     }
     for (int r = 0; r < num_rows; r++) {
         if (unit.num_parts == 1) {

@@ -71,16 +71,25 @@ inline void store(bfloat16* p, floats x) {
 
 inline floats splat(float x) { return x - floats{}; }
 
+typedef float floats8 __attribute__((vector_size(32)));
+typedef float floats4 __attribute__((vector_size(16)));
+
 inline float sum(floats x) {
-    typedef float half __attribute__((vector_size(32)));
-    typedef float quarter __attribute__((vector_size(16)));
-    half h[2];
-    std::memcpy(h, &x, sizeof x);
-    half a = h[0] + h[1];
-    quarter q[2];
-    std::memcpy(q, &a, sizeof a);
-    quarter b = q[0] + q[1];
-    return (b[0] + b[2]) + (b[1] + b[3]);
+    floats8 a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
+                __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+    floats4 b = __builtin_shufflevector(a, a, 0, 1, 2, 3) +
+                __builtin_shufflevector(a, a, 4, 5, 6, 7);
+    b += __builtin_shufflevector(b, b, 2, 3, 0, 1);
+    return b[0] + b[1];
+}
+
+inline float largest(floats x) {
+    floats8 low = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7);
+    floats8 high = __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+    floats8 a = low > high ? low : high;
+    float top = a[0];
+    for (int i = 1; i < 8; i++) top = a[i] > top ? a[i] : top;
+    return top;
 }
 
 // e**x for x <= 88, relative error below 2e-7; below -87 the result is 0.

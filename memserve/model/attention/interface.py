@@ -46,17 +46,17 @@ def paged_attention_forward(
             f"layer {layer} attends over a window of {window} tokens, but the model's "
             f"configuration says {batch.windows[layer]}"
         )
-    tokens = rows_contiguous(query[0].transpose(0, 1))
+    tokens = rows_contiguous(query[0].transpose(0, 1)).flatten(1)
     batch.write(layer, key[0].transpose(0, 1), value[0].transpose(0, 1))
-    output = torch.empty(tokens.shape, dtype=tokens.dtype)
+    output = torch.empty_like(tokens)
     batch.attend(
         layer,
         tokens,
         output,
-        scale=tokens.shape[-1] ** -0.5 if scale is None else scale,
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
         window=window,
     )
-    return output[None], None
+    return output.view(1, tokens.shape[0], *query.shape[1::2]), None
 
 
 def _refuse(mask: torch.Tensor | None, arguments: dict[str, Any]) -> None:

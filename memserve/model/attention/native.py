@@ -17,7 +17,7 @@ from memserve.native.build import load_library
 
 log = logging.getLogger(__name__)
 
-SOURCES = ("attention.cpp",)
+SOURCES = ("attention.cpp", "layer_ops.cpp")
 
 
 class NativeStep(ctypes.Structure):
@@ -55,7 +55,17 @@ class Kernels:
         ]
         self.write_kv = library.memserve_write_kv
         self.write_kv.argtypes = [step, c_int64, c_void_p, c_int64, c_void_p, c_int64]
-        for function in (self.attend, self.write_kv):
+        self.add_norm = library.memserve_add_norm
+        self.add_norm.argtypes = [*[c_void_p] * 4, c_int64, c_int64, c_float, c_int32]
+        self.rotate_and_write = library.memserve_rotate_and_write
+        self.rotate_and_write.argtypes = [step, c_int64, *[c_void_p] * 5, c_float]
+        self.silu_times = library.memserve_silu_times
+        self.silu_times.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_int32]
+        functions = (
+            *(self.attend, self.write_kv, self.add_norm),
+            *(self.rotate_and_write, self.silu_times),
+        )
+        for function in functions:
             function.restype = None
 
 

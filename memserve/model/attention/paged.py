@@ -121,8 +121,8 @@ class PagedBatch:
     ) -> None:
         """Attention of all tokens over their visible context, all of it in the arena.
 
-        query and output [T, Hq, D], heads contiguous within a row. `window` counts the visible
-        tokens, the query's own included.
+        query and output [T, Hq * D], contiguous within a row. `window` counts the visible tokens,
+        the query's own included.
         """
         if self._num_short:
             assert self._kernels is not None
@@ -163,14 +163,15 @@ class PagedBatch:
         key, value = self._gatherer.gather(self._arena, layer, blocks)
         visible = kv_len - first_block * block_size
         is_causal = count == visible and count > 1 and (window is None or window >= count)
+        head_dim = self._arena.shape[5]
         output[begin:end] = grouped_attention(
-            query[begin:end],
+            query[begin:end].view(count, self.num_query_heads, head_dim),
             key[:visible],
             value[:visible],
             None if is_causal else self._mask(sequence, count, visible, window),
             scale=scale,
             is_causal=is_causal,
-        )
+        ).flatten(1)
 
     def _mask(
         self, sequence: int, count: int, visible: int, window: int | None

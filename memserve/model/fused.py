@@ -1,0 +1,180 @@
+"""The fast path for plain decoder models: transformers' weights, run with few and fused operators.
+
+Covers models whose layers are pre-norm RMSNorm, rotary attention (with biases or per-head norms)
+and SwiGLU: Llama, Mistral, Qwen2, Qwen3. Which models those are is a list of classes, and the probe
+compares the result with the model's own forward; whatever fails stays on transformers' path.
+
+Building takes the weights out of the module, layer by layer, so that no second copy of the model
+ever exists; the module can't compute afterwards.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+)
+
+from memserve.model.attention.native import Kernels
+from memserve.model.attention.paged import PagedBatch
+from memserve.model.linear import PackedLinear, can_pack
+
+FUSABLE = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
+
+
+def can_fuse(module: PreTrainedModel) -> bool:
+    """Whether `FusedDecoder` knows this model; subclasses may differ and don't count."""
+    return type(module) in FUSABLE and module.config.hidden_act == "silu" and can_pack()
+
+
+@dataclass(frozen=True, slots=True)
+class FusedLayer:
+    """One decoder layer's weights and constants."""
+
+    input_norm: torch.Tensor
+    qkv: PackedLinear
+    query_norm: torch.Tensor | None
+    key_norm: torch.Tensor | None
+    output: PackedLinear
+    post_norm: torch.Tensor
+    gate_up: PackedLinear
+    down: PackedLinear
+    scale: float
+    window: int | None
+
+
+class FusedDecoder:
+    """A whole model from token ids to logits, on the CPU."""
+
+    def __init__(
+        self, module: PreTrainedModel, kernels: Kernels, windows: list[int | None]
+    ) -> None:
+        self._kernels = kernels
+        body = module.get_decoder()
+        self._embedding = module.get_input_embeddings().weight.data
+        self._rotary = body.rotary_emb
+        self._norm = body.norm.weight.data
+        self._epsilon: float = body.norm.variance_epsilon
+        self._head = PackedLinear([module.lm_head.weight.data], [module.lm_head.bias])
+        module.lm_head.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+        self._layers = [
+            _take_layer(layer, window) for layer, window in zip(body.layers, windows, strict=True)
+        ]
+        self._is_bfloat16 = int(self._embedding.dtype == torch.bfloat16)
+
+    def forward(self, batch: PagedBatch) -> torch.Tensor:
+        """Logits [N, vocab_size] of the step's output rows, in the model's dtype."""
+        step = batch.step
+        residual = self._embedding[step.token_ids]
+        cosine, sine = self._rotation(step.positions)
+        delta: torch.Tensor | None = None
+        normed = torch.empty_like(residual)
+        for index, layer in enumerate(self._layers):
+            self._add_norm(residual, delta, layer.input_norm, normed)
+            attended = self._attend(index, layer, layer.qkv(normed), batch, cosine, sine)
+            self._add_norm(residual, layer.output(attended), layer.post_norm, normed)
+            delta = layer.down(self._activate(layer.gate_up(normed)))
+        assert delta is not None
+        wanted = residual[step.output_rows]
+        last = torch.empty_like(wanted)
+        self._add_norm(wanted, delta[step.output_rows], self._norm, last)
+        return self._head(last)
+
+    def _rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine float32 [T, head_dim / 2], by the model's own rotary embedding."""
+        like = torch.empty(0, dtype=torch.float32)
+        cosine, sine = self._rotary(like, position_ids=positions[None])
+        half = cosine.shape[-1] // 2
+        return cosine[0, :, :half].contiguous(), sine[0, :, :half].contiguous()
+
+    def _add_norm(
+        self,
+        residual: torch.Tensor,
+        delta: torch.Tensor | None,
+        weight: torch.Tensor,
+        target: torch.Tensor,
+    ) -> None:
+        self._kernels.add_norm(
+            residual.data_ptr(),
+            None if delta is None else delta.data_ptr(),
+            weight.data_ptr(),
+            target.data_ptr(),
+            residual.shape[0],
+            residual.shape[1],
+            self._epsilon,
+            self._is_bfloat16,
+        )
+
+    def _attend(
+        self,
+        index: int,
+        layer: FusedLayer,
+        qkv: torch.Tensor,
+        batch: PagedBatch,
+        cosine: torch.Tensor,
+        sine: torch.Tensor,
+    ) -> torch.Tensor:
+        """Rotate, write K and V, attend: qkv [T, (Hq + 2 Hkv) * D] to [T, Hq * D]."""
+        native = batch.native
+        self._kernels.rotate_and_write(
+            batch.native_pointer,
+            index,
+            qkv.data_ptr(),
+            cosine.data_ptr(),
+            sine.data_ptr(),
+            None if layer.query_norm is None else layer.query_norm.data_ptr(),
+            None if layer.key_norm is None else layer.key_norm.data_ptr(),
+            self._epsilon,
+        )
+        heads, width = native.num_query_heads, native.head_dim
+        output = qkv.new_empty(qkv.shape[0], heads * width)
+        query = qkv[:, : heads * width]
+        batch.attend(index, query, output, scale=layer.scale, window=layer.window)
+        return output
+
+    def _activate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+        target = gate_up.new_empty(rows, width)
+        self._kernels.silu_times(
+            gate_up.data_ptr(), target.data_ptr(), rows, width, self._is_bfloat16
+        )
+        return target
+
+
+def _take_layer(layer: Any, window: int | None) -> FusedLayer:  # noqa: ANN401
+    """Pack a transformers layer's weights and take them away from it."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return FusedLayer(
+        input_norm=layer.input_layernorm.weight.data,
+        qkv=_take([attention.q_proj, attention.k_proj, attention.v_proj]),
+        query_norm=_norm_weight(attention, "q_norm"),
+        key_norm=_norm_weight(attention, "k_norm"),
+        output=_take([attention.o_proj]),
+        post_norm=layer.post_attention_layernorm.weight.data,
+        gate_up=_take([mlp.gate_proj, mlp.up_proj]),
+        down=_take([mlp.down_proj]),
+        scale=attention.scaling,
+        window=window,
+    )
+
+
+def _take(layers: list[nn.Linear]) -> PackedLinear:
+    packed = PackedLinear(
+        [layer.weight.data for layer in layers],
+        [None if layer.bias is None else layer.bias.data for layer in layers],
+    )
+    for layer in layers:
+        layer.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+    return packed
+
+
+def _norm_weight(attention: nn.Module, name: str) -> torch.Tensor | None:
+    parameters = dict(attention.named_parameters())
+    norm = parameters.get(f"{name}.weight")
+    return None if norm is None else norm.data
