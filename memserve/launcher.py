@@ -19,7 +19,7 @@ from aiohttp import web
 from memserve.cluster import Cluster
 from memserve.config import EngineConfig, ServeConfig, parse_size
 from memserve.errors import UsageError
-from memserve.frontend import ServerSettings
+from memserve.frontend.service import ServerSettings
 from memserve.instance import InstancePlan
 from memserve.machine import available_memory, divide_cores, has_fast_bf16, usable_cores
 from memserve.model.prepared import PreparedModel, ProgressLine, prepare_in_child
@@ -128,10 +128,15 @@ async def serving(
                 api_key=config.api_key,
             )
             app = create_app(cluster, tokenizer, settings)
-            runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
+            runner = web.AppRunner(
+                app,
+                handler_cancellation=True,
+                access_log=None,
+                shutdown_timeout=config.shutdown_timeout,
+            )
             await runner.setup()
             try:
-                site = web.SockSite(runner, sock, shutdown_timeout=config.shutdown_timeout)
+                site = web.SockSite(runner, sock)
                 await site.start()
                 host, port = sock.getsockname()[:2]
                 yield Server(f"http://{host}:{port}", settings.model_name, cluster)

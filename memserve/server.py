@@ -4,7 +4,7 @@
 by a runner with `handler_cancellation=True`: a client that vanishes then leaves its generations at
 once. Starting the cluster, and listening, are the caller's.
 
-    POST /v1/chat/completions  /v1/completions        memserve.completions
+    POST /v1/chat/completions  /v1/completions        memserve.frontend.completions
     GET  /v1/models  /v1/models/{id}  /version
     POST /tokenize  /detokenize
     GET  /health     200, or 503 with the reasons
@@ -19,9 +19,11 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from memserve import __version__
-from memserve.completions import create_chat_completion, create_completion, read
 from memserve.errors import Overloaded
-from memserve.frontend import (
+from memserve.frontend.completions import create_chat_completion, create_completion, read
+from memserve.frontend.metrics import Metrics
+from memserve.frontend.middleware import answer_errors, require_api_key, send_request_id
+from memserve.frontend.service import (
     FRONTEND,
     Frontend,
     ServerSettings,
@@ -30,8 +32,6 @@ from memserve.frontend import (
     run_encoders,
     run_sized,
 )
-from memserve.metrics import Metrics
-from memserve.middleware import answer_errors, require_api_key, send_request_id
 from memserve.openai.plan import ServedModel, plan_detokenize, plan_tokenize
 from memserve.openai.responses import Detokenized, ModelCard, ModelList, Tokenized
 from memserve.tokens import Tokenizer

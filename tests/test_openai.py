@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memserve.errors import InvalidRequest, NotFound, RequestFailed
+from memserve.frontend.streaming import Answers, open_answers
+from memserve.frontend.timeline import Timeline
 from memserve.generation import ChoiceToken, Generation
 from memserve.messages import TokenEvent
 from memserve.openai.answer import Choice, Delta
 from memserve.openai.plan import Plan, ServedModel, TextRules, plan_chat, plan_completion
 from memserve.openai.presenting import LEAST_LOGPROB, presenter_for
 from memserve.openai.requests import ChatRequest, CompletionRequest, read_body
-from memserve.streaming import Answers, open_answers
-from memserve.timeline import Timeline
 from memserve.tokens import Tokenizer
 from tests.fakes import EOS, VOCAB_SIZE, ScriptedGenerator, byte_tokenizer
 

@@ -18,7 +18,7 @@ from aiohttp import web
 from blockbuster import BlockBuster, blockbuster_ctx
 
 from memserve.errors import InvalidRequest, Overloaded
-from memserve.frontend import ServerSettings
+from memserve.frontend.service import ServerSettings
 from memserve.server import create_app
 from memserve.tokens import Tokenizer
 from tests.fakes import EOS, VOCAB_SIZE, ScriptedGenerator, byte_tokenizer

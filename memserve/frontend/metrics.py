@@ -16,8 +16,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from memserve.frontend.timeline import Moment, Timeline
 from memserve.messages import EngineStats
-from memserve.timeline import Moment, Timeline
 
 PREFIX = "memserve:"
 FRONTEND = "frontend"

@@ -13,9 +13,9 @@ from typing import ParamSpec, Protocol, TypeVar
 import msgspec
 from aiohttp import web
 
+from memserve.frontend.metrics import InstanceView, Metrics
 from memserve.generation import Generator
 from memserve.messages import Inspection
-from memserve.metrics import InstanceView, Metrics
 from memserve.openai.plan import ServedModel
 from memserve.tokens import Tokenizer
 

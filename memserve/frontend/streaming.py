@@ -11,10 +11,10 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from memserve.errors import RequestFailed
+from memserve.frontend.timeline import Moment, Timeline
 from memserve.generation import ChoiceToken, Generation, Generator
 from memserve.openai.answer import Choice, Delta
 from memserve.openai.plan import Plan
-from memserve.timeline import Moment, Timeline
 from memserve.tokens import Tokenizer
 
 

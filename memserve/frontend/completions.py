@@ -17,13 +17,13 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from memserve.errors import InvalidRequest, Overloaded, RequestError, RequestFailed
-from memserve.frontend import FRONTEND, json_response, run_sized
-from memserve.middleware import request_id
+from memserve.frontend.middleware import request_id
+from memserve.frontend.service import FRONTEND, json_response, run_sized
+from memserve.frontend.streaming import open_answers
+from memserve.frontend.timeline import Moment, Timeline
 from memserve.openai.plan import Plan, ServedModel, plan_chat, plan_completion
 from memserve.openai.presenting import Presenter, presenter_for
 from memserve.openai.responses import PromptTokensDetails, Usage, error_body
-from memserve.streaming import open_answers
-from memserve.timeline import Moment, Timeline
 
 logger = logging.getLogger(__name__)
 

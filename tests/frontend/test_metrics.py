@@ -4,9 +4,9 @@ from collections.abc import Callable
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from memserve.frontend.metrics import Metrics, kv_cache_usage, one_two_five
+from memserve.frontend.timeline import Moment, Timeline
 from memserve.messages import EngineStats, TierStats, TokenEvent
-from memserve.metrics import Metrics, kv_cache_usage, one_two_five
-from memserve.timeline import Moment, Timeline
 from tests.fakes import FakeInstance
 
 INSTANCES = [

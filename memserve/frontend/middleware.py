@@ -17,7 +17,7 @@ from memserve.errors import (
     RequestFailed,
     Unauthorized,
 )
-from memserve.frontend import json_response
+from memserve.frontend.service import json_response
 from memserve.openai.plan import REQUEST_ID
 from memserve.openai.responses import error_body
 

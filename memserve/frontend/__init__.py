@@ -1,0 +1,1 @@
+"""Everything between HTTP and the cluster, less the meaning of OpenAI's bodies (`memserve.openai`)."""
