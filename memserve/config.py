@@ -47,11 +47,13 @@ class ServeConfig:
         None, "Longest prompt plus answer in tokens [default: the model's own limit]."
     )
     block_size: int = _flag(16, "Tokens in one KV block.")
-    gpu_memory_utilization: float = _flag(0.92, "Share of a GPU's memory that memserve may fill.")
+    gpu_memory_utilization: float = _flag(
+        0.92, "Share of a GPU's memory that memserve may fill; says nothing on CPU."
+    )
     kv_cache_memory: str | None = _flag(
         None,
-        "KV cache of one worker, as 2G or 512M [default on CPU: an eighth of the free memory, "
-        "divided among the workers, at most 2G each].",
+        "KV cache of one worker, as 2G or 512M [default: its share of an eighth of the free "
+        "memory, at most 2G].",
     )
     max_num_seqs: int = _flag(64, "Most sequences that one worker runs at once.")
     max_num_batched_tokens: int = _flag(512, "Most tokens in one step of a worker.")

@@ -6,6 +6,7 @@ workers start; nothing is left behind however it ends.
 
 import asyncio
 import logging
+import math
 import signal
 import socket
 import sys
@@ -46,6 +47,7 @@ def plan_instances(config: ServeConfig, prepared: PreparedModel) -> list[Instanc
     """One plan per worker, prefill first; raises `UsageError` for what can't be done here."""
     if config.device == "cuda":
         raise UsageError("--device cuda is not supported yet: this release serves on CPU")
+    check_ranges(config)
     roles = choose_roles(config)
     max_model_len = config.max_model_len or prepared.max_model_len
     if not 1 < max_model_len <= prepared.max_model_len:
@@ -75,6 +77,23 @@ def plan_instances(config: ServeConfig, prepared: PreparedModel) -> list[Instanc
         InstancePlan(role=role, cores=cores, engine=engine)
         for role, cores in zip(roles, shares, strict=True)
     ]
+
+
+def check_ranges(config: ServeConfig) -> None:
+    """Refuse numbers that make no sense, whatever the model."""
+    for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_num_queued_reqs"):
+        if getattr(config, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
+    for name in ("handover_timeout", "shutdown_timeout"):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise UsageError(f"--{name.replace('_', '-')} must be a number of seconds")
+    if not 0 < config.gpu_memory_utilization <= 1:
+        raise UsageError("--gpu-memory-utilization must be above 0 and at most 1")
+    if config.max_num_batched_tokens < config.max_num_seqs:
+        raise UsageError(
+            f"--max-num-batched-tokens {config.max_num_batched_tokens} must not be below "
+            f"--max-num-seqs {config.max_num_seqs}: every sequence needs a token in a step"
+        )
 
 
 def choose_roles(config: ServeConfig) -> list[Role]:

@@ -105,3 +105,18 @@ def test_a_role_that_nobody_fills_is_refused(config: ServeConfig) -> None:
 )
 def test_cores_are_divided_among_the_workers(num_workers: int, shares: list[list[int]]) -> None:
     assert divide_cores([0, 1, 2, 3, 4], num_workers) == shares
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ServeConfig(block_size=0),
+        ServeConfig(max_num_seqs=0),
+        ServeConfig(max_num_batched_tokens=8, max_num_seqs=9),
+        ServeConfig(handover_timeout=float("nan")),
+        ServeConfig(gpu_memory_utilization=1.5),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(config: ServeConfig) -> None:
+    with pytest.raises(UsageError):
+        launcher.check_ranges(config)
