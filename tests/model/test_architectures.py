@@ -1,6 +1,5 @@
 """Teacher-forced logits of every served architecture equal transformers' own, however sliced."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,11 +30,11 @@ class Case:
 
 
 @pytest.fixture(scope="module", params=sorted(ARCHITECTURES))
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     tiny = ARCHITECTURES[request.param]
     folder: Path = save(tiny.config(), tmp_path_factory.mktemp(request.param))
     model = load_model(folder, device="cpu", dtype="float32", max_model_len=None, block_size=BLOCK)
-    yield Case(model, build(tiny.config()), tiny.windowed)
+    return Case(model, build(tiny.config()), tiny.windowed)
 
 
 def tokens_of(length: int, seed: int = 1) -> torch.Tensor:
