@@ -38,7 +38,7 @@ from memserve.messages import (
     ToLauncher,
     Withdrawn,
 )
-from memserve.scheduler.placement import LeastLoaded, Placement, Policy
+from memserve.scheduler.placement import LeastWork, Placement, Policy
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Stream:
 
     ticket: int
     choice: int
-    num_prompt_tokens: int
+    num_uncached_tokens: int
     prefill: Instance
     decode: Instance
     outlet: "asyncio.Queue[ChoiceToken | RequestError]"
@@ -82,7 +82,7 @@ class Cluster:
         spawn: Spawn = spawn_process,
     ) -> None:
         self.instances = [Instance(number, 1, plan, spawn) for number, plan in enumerate(plans)]
-        self._policy = policy or LeastLoaded()
+        self._policy = policy or LeastWork(plans[0].engine.block_size)
         self._max_num_queued_reqs = max_num_queued_reqs
         self._tickets = itertools.count(1)
         self._queries = itertools.count(1)
@@ -168,6 +168,7 @@ class Cluster:
         """Make every instance drop the history that no request is using."""
         for instance in self.instances:
             instance.send(ResetPrefixCache())
+            self._policy.forget(instance.number)
 
     # Requests
 
@@ -184,7 +185,8 @@ class Cluster:
                 f"prompt and answer may take {num_tokens} tokens, but the KV cache of a worker "
                 f"holds {self.max_sequence_tokens}"
             )
-        return self._policy.place(generation.prompt, [instance.load for instance in self.instances])
+        loads = [instance.load for instance in self.instances]
+        return self._policy.place(generation.prompt, generation.cache_salt, loads)
 
     def _dispatch(
         self,
@@ -198,9 +200,11 @@ class Cluster:
         decode = self.instances[placement.decode]
         ticket = next(self._tickets)
         prompt, sampling, salt = generation.prompt, generation.sampling, generation.cache_salt
-        stream = Stream(ticket, choice, len(prompt), prefill, decode, outlet, owner=prefill)
+        # The first choice computes the prompt, the others find it cached.
+        num_uncached = placement.num_uncached_tokens if choice == 0 else 1
+        stream = Stream(ticket, choice, num_uncached, prefill, decode, outlet, owner=prefill)
         self._streams[ticket] = stream
-        prefill.load.num_prefill_tokens += len(prompt)
+        prefill.load.num_prefill_tokens += num_uncached
         decode.load.num_sequences += 1
         if decode is not prefill:
             stream.holders.add(decode.number)
@@ -215,7 +219,7 @@ class Cluster:
         if self._streams.pop(stream.ticket, None) is None:
             return
         if stream.num_tokens == 0:
-            stream.prefill.load.num_prefill_tokens -= stream.num_prompt_tokens
+            stream.prefill.load.num_prefill_tokens -= stream.num_uncached_tokens
         stream.decode.load.num_sequences -= 1
         for number in stream.holders:
             self.instances[number].send(Abort(stream.ticket))
@@ -250,6 +254,7 @@ class Cluster:
         await instance.start()
         await instance.wait_ready()
         assert instance.ready is not None
+        instance.load.num_cache_blocks = instance.ready.arena.layout.num_blocks
         logger.info(
             "%s serves: %d tokens of KV cache, %s, %s attention",
             instance.name,
@@ -309,7 +314,7 @@ class Cluster:
         if stream is None or stream.owner is not instance or event.position != stream.num_tokens:
             return  # of an aborted stream, or a token that the client has already
         if stream.num_tokens == 0:
-            stream.prefill.load.num_prefill_tokens -= stream.num_prompt_tokens
+            stream.prefill.load.num_prefill_tokens -= stream.num_uncached_tokens
         stream.num_tokens += 1
         stream.outlet.put_nowait(ChoiceToken(stream.choice, event))
         if event.finish is not None:

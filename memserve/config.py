@@ -17,6 +17,7 @@ import msgspec
 import yaml
 
 from memserve.errors import UsageError
+from memserve.pool.refs import DType
 
 SIZE_UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
@@ -74,7 +75,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Folder of the Hugging Face checkpoint."""
     eos_token_ids: tuple[int, ...]
     device: str
-    dtype: str
+    dtype: DType
     max_model_len: int
     block_size: int
     kv_cache_bytes: int

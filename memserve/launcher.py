@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 from aiohttp import web
 
 from memserve.cluster import Cluster
@@ -25,6 +26,7 @@ from memserve.instance import InstancePlan
 from memserve.machine import available_memory, divide_cores, has_fast_bf16, usable_cores
 from memserve.model.prepared import PreparedModel, ProgressLine, prepare_in_child
 from memserve.paths import cache_dir
+from memserve.pool.refs import DType
 from memserve.scheduler.placement import Policy, Role
 from memserve.server import create_app
 from memserve.tokens import Tokenizer
@@ -55,15 +57,12 @@ def plan_instances(config: ServeConfig, prepared: PreparedModel) -> list[Instanc
             f"--max-model-len {max_model_len} is not between 2 and the model's own "
             f"{prepared.max_model_len}"
         )
-    dtype = config.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if has_fast_bf16() else "float32"
     shares = divide_cores(usable_cores(), len(roles))
     engine = EngineConfig(
         weights=prepared.weights,
         eos_token_ids=prepared.eos_token_ids,
         device="cpu",
-        dtype=dtype,
+        dtype=choose_dtype(config),
         max_model_len=max_model_len,
         block_size=config.block_size,
         kv_cache_bytes=cache_bytes(config, len(roles)),
@@ -94,6 +93,13 @@ def check_ranges(config: ServeConfig) -> None:
             f"--max-num-batched-tokens {config.max_num_batched_tokens} must not be below "
             f"--max-num-seqs {config.max_num_seqs}: every sequence needs a token in a step"
         )
+
+
+def choose_dtype(config: ServeConfig) -> DType:
+    """Type of weights and KV cache: what was asked for, or the fastest that loses nothing."""
+    if config.dtype == "auto":
+        return "bfloat16" if has_fast_bf16() else "float32"
+    return msgspec.convert(config.dtype, DType)
 
 
 def choose_roles(config: ServeConfig) -> list[Role]:

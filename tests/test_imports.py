@@ -11,10 +11,11 @@ PACKAGE = Path(__file__).parent.parent / "memserve"
 
 # A module may import those that stand on an earlier line, and its neighbours in one package.
 LAYERS = [
-    {"memserve", "errors", "paths", "machine"},
-    {"config", "native", "pool.refs", "model.spec"},
+    {"memserve", "errors", "paths", "machine", "pool.refs"},
+    {"config", "native", "model.spec"},
     {"messages"},
-    {"generation", "channel", "pool", "scheduler"},
+    {"generation", "channel", "pool"},
+    {"scheduler"},
     {"model.prepared", "chat_template"},
     {"tokens"},
     {"model"},

@@ -22,6 +22,7 @@ from memserve.model.rotary import fix_longrope
 from memserve.model.spec import ModelSpec
 from memserve.model.step import StepInput
 from memserve.model.support import check_config, layer_windows, model_spec
+from memserve.pool.refs import DType
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ class Model:
 
 
 def load_model(
-    folder: Path, *, device: str, dtype: str, max_model_len: int | None, block_size: int
+    folder: Path, *, device: str, dtype: DType, max_model_len: int | None, block_size: int
 ) -> Model:
     """Load the Hugging Face checkpoint in `folder` and check that it computes what it should.
 

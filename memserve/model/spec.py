@@ -2,6 +2,8 @@
 
 import msgspec
 
+from memserve.pool.refs import DType
+
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Shape and limits of a model; decides the layout of the arenas that can hold its KV."""
@@ -15,6 +17,6 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     vocab_size: int
     max_model_len: int
     """Tokens a sequence may have, prompt and answer together."""
-    dtype: str
-    """Of weights and KV: `float32`, `bfloat16` or `float16`."""
+    dtype: DType
+    """Of weights and KV."""
     eos_token_ids: tuple[int, ...]

@@ -10,6 +10,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from memserve.errors import UnsupportedModel
 from memserve.model.spec import ModelSpec
+from memserve.pool.refs import DType
 
 WINDOWED = "sliding_attention"
 SERVED_LAYERS = frozenset({"full_attention", WINDOWED})
@@ -92,7 +93,7 @@ def model_spec(
     config: PretrainedConfig,
     *,
     architecture: str,
-    dtype: str,
+    dtype: DType,
     max_model_len: int | None,
     eos_token_ids: Sequence[int],
 ) -> ModelSpec:

@@ -5,11 +5,12 @@ Values only: they travel in messages, compare by content and know no memory.
 
 import hashlib
 from enum import IntEnum
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import msgspec
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DType: TypeAlias = Literal["float32", "bfloat16", "float16"]
+DTYPE_BYTES: dict[DType, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class Tier(IntEnum):
@@ -41,7 +42,7 @@ class ArenaLayout(msgspec.Struct, frozen=True):
     block_size: int
     num_kv_heads: int
     head_dim: int
-    dtype: Literal["float32", "bfloat16", "float16"]
+    dtype: DType
 
     @property
     def block_shape(self) -> tuple[int, int, int, int, int]:

@@ -5,10 +5,12 @@ is counted here at dispatch, so that a burst spreads before its first answer com
 instance that was chosen least recently.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
+
+from memserve.scheduler.prompt_tree import PromptTree
 
 
 class Role(StrEnum):
@@ -35,8 +37,9 @@ class Load:
 
     instance: int
     role: Role
+    num_cache_blocks: int = 0
     num_prefill_tokens: int = 0
-    """Prompt tokens of requests that have not had their first token."""
+    """Tokens still to compute of prompts that have not had their first token, as far as known."""
     num_sequences: int = 0
     """Sequences that it decodes or will decode."""
     last_chosen: int = 0
@@ -48,43 +51,69 @@ class Placement:
 
     prefill: int
     decode: int
+    num_uncached_tokens: int
+    """Prompt tokens that the prefill instance will probably have to compute."""
 
 
 class Policy(Protocol):
-    """Chooses a placement; `loads` are the instances that serve now, at least one."""
+    """Chooses placements and is told when an instance has lost its cache."""
 
-    def place(self, prompt: list[int], loads: Iterable[Load]) -> Placement:
-        """The placement of one prompt. Raises `LookupError` when no instance can take it."""
+    def place(self, prompt: list[int], salt: str, loads: Sequence[Load]) -> Placement:
+        """The placement of one prompt on the instances that serve now.
+
+        Raises `LookupError` when none of them prefills, or none decodes.
+        """
+        ...
+
+    def forget(self, instance: int) -> None:
+        """The instance's cache is empty."""
         ...
 
 
-class LeastLoaded:
-    """Prefill where the fewest prompt tokens wait, decode where the fewest sequences run.
+class LeastWork:
+    """Prefill where the prompt is computed first, decode where the fewest sequences run.
 
-    A mixed instance that prefills a request decodes it too: moving it would cost and gain nothing
-    that choosing another instance for the prompt would not.
+    The paper's Eq. 1 with exec(x, y) taken as proportional to the tokens that are not cached:
+    tokens queued before this prompt plus its own. A mixed instance that prefills a request
+    decodes it too; each sequence that it decodes slows its prefill, by as much as
+    `TOKENS_PER_SEQUENCE` more tokens would.
     """
 
-    def __init__(self) -> None:
+    TOKENS_PER_SEQUENCE = 64
+
+    def __init__(self, block_size: int) -> None:
+        self._prompts = PromptTree(block_size)
         self._num_chosen = 0
 
-    def place(self, prompt: list[int], loads: Iterable[Load]) -> Placement:  # noqa: ARG002
+    def place(self, prompt: list[int], salt: str, loads: Sequence[Load]) -> Placement:
         """See `Policy.place`."""
-        loads = list(loads)
+        uncached = {
+            load.instance: len(prompt) - self._prompts.match(load.instance, prompt, salt)
+            for load in loads
+            if load.role.prefills
+        }
         prefill = self._least(
             (load for load in loads if load.role.prefills),
-            lambda load: (load.num_prefill_tokens, load.num_sequences),
+            lambda load: (
+                load.num_prefill_tokens
+                + uncached[load.instance]
+                + self.TOKENS_PER_SEQUENCE * load.num_sequences
+            ),
         )
-        if prefill.role.decodes:
-            return Placement(prefill.instance, prefill.instance)
-        decode = self._least(
-            (load for load in loads if load.role.decodes),
-            lambda load: (load.num_sequences, load.num_prefill_tokens),
-        )
-        return Placement(prefill.instance, decode.instance)
+        decode = prefill
+        if not prefill.role.decodes:
+            decode = self._least(
+                (load for load in loads if load.role.decodes), lambda load: load.num_sequences
+            )
+        self._prompts.record(prefill.instance, prompt, salt, num_blocks=prefill.num_cache_blocks)
+        return Placement(prefill.instance, decode.instance, uncached[prefill.instance])
 
-    def _least(self, loads: Iterable[Load], weight: Callable[[Load], tuple[int, int]]) -> Load:
-        chosen = min(loads, key=lambda load: (*weight(load), load.last_chosen), default=None)
+    def forget(self, instance: int) -> None:
+        """See `Policy.forget`."""
+        self._prompts.forget(instance)
+
+    def _least(self, loads: Iterable[Load], weight: Callable[[Load], int]) -> Load:
+        chosen = min(loads, key=lambda load: (weight(load), load.last_chosen), default=None)
         if chosen is None:
             raise LookupError("no instance serves this role")
         self._num_chosen += 1

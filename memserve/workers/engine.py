@@ -223,7 +223,7 @@ class Engine:
             token=sampled.token,
             finish=finish,
             logprob=sampled.logprob,
-            top=tuple(sampled.top),
+            top=sampled.top,
             num_cached_tokens=sequence.num_cached_tokens if position == 0 else 0,
         )
 

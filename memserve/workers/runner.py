@@ -18,9 +18,12 @@ from memserve.workers.sequence import Sequence, Slice
 class Runner:
     """Computes steps of one model over one arena."""
 
-    def __init__(self, model: Model, arena: torch.Tensor) -> None:
+    def __init__(
+        self, model: Model, arena: torch.Tensor, *, eos_token_ids: tuple[int, ...]
+    ) -> None:
         self._model = model
         self._arena = arena
+        self._eos_token_ids = eos_token_ids
 
     def run(self, slices: Items[Slice]) -> list[Sampled]:
         """Write the KV of all slices and sample for those that end at their newest token.
@@ -28,7 +31,8 @@ class Runner:
         Returns one `Sampled` per sampling slice, in the order of the slices.
         """
         logits = self._model.forward(step_input(slices), self._arena)
-        return sample(logits, [sample_row(part.sequence) for part in slices if part.samples])
+        rows = [sample_row(part.sequence, self._eos_token_ids) for part in slices if part.samples]
+        return sample(logits, rows)
 
 
 def step_input(slices: Items[Slice]) -> StepInput:
@@ -59,7 +63,7 @@ def step_input(slices: Items[Slice]) -> StepInput:
     )
 
 
-def sample_row(sequence: Sequence) -> SampleRow:
+def sample_row(sequence: Sequence, eos_token_ids: tuple[int, ...]) -> SampleRow:
     """What the sampler needs to know to draw the next token of a sequence."""
     return SampleRow(
         sampling=sequence.sampling,
@@ -67,4 +71,5 @@ def sample_row(sequence: Sequence) -> SampleRow:
         position=sequence.num_outputs,
         prompt=sequence.tokens[: sequence.num_prompt_tokens],
         output=sequence.tokens[sequence.num_prompt_tokens :],
+        eos_token_ids=eos_token_ids,
     )

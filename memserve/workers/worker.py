@@ -76,7 +76,7 @@ def serve(configure: Configure, link: Link, descriptors: socket.socket) -> None:
         config,
         link,
         MemPool(arena.descriptor, arena.generations),
-        Runner(model, arena.tensor),
+        Runner(model, arena.tensor, eos_token_ids=config.eos_token_ids),
         start_copy=copier.start,
         map_peer=map_peer,
     )

@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 from memserve.cluster import Cluster
@@ -27,9 +27,12 @@ class Crossing:
     def __init__(self) -> None:
         self._turn = 0
 
-    def place(self, prompt: list[int], loads: Iterable[Load]) -> Placement:
+    def place(self, prompt: list[int], salt: str, loads: Sequence[Load]) -> Placement:
         self._turn += 1
-        return Placement(self._turn % 2, (self._turn + 1) % 2)
+        return Placement(self._turn % 2, (self._turn + 1) % 2, len(prompt))
+
+    def forget(self, instance: int) -> None:
+        """It remembers nothing."""
 
 
 async def test_crossed_handovers_of_real_workers_never_get_stuck(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ class OracleRunner:
             time.sleep(self._step_seconds)
         last = [(part, self._compute(part)) for part in slices]
         return [
-            Sampled(token=fingerprint % VOCABULARY, logprob=None, top=[])
+            Sampled(token=fingerprint % VOCABULARY)
             for part, fingerprint in last
             if part.samples
         ]

@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import pytest
 
@@ -20,9 +20,12 @@ class Crossing:
     def __init__(self) -> None:
         self._turn = 0
 
-    def place(self, prompt: list[int], loads: Iterable[Load]) -> Placement:
+    def place(self, prompt: list[int], salt: str, loads: Sequence[Load]) -> Placement:
         self._turn += 1
-        return Placement(self._turn % 2, (self._turn + 1) % 2)
+        return Placement(self._turn % 2, (self._turn + 1) % 2, len(prompt))
+
+    def forget(self, instance: int) -> None:
+        """It remembers nothing."""
 
 
 def prompts(number: int, longest: int, seed: int = 0) -> list[list[int]]:
