@@ -127,6 +127,20 @@ void silu_times(const T* gate_up, T* target, int64_t rows, int64_t width) {
     }
 }
 
+template <class T>
+void write_all(const Step& step, int64_t layer, const T* key, int64_t key_stride, const T* value,
+               int64_t value_stride) {
+    const int64_t width = int64_t(step.num_kv_heads) * step.head_dim;
+    for (int s = 0; s < step.num_sequences; s++) {
+        const int32_t* table = step.block_table + s * step.table_stride;
+        for (int64_t t = step.query_start[s]; t < step.query_start[s + 1]; t++) {
+            T* row = key_row<T>(step, layer, table, step.positions[t]);
+            std::memcpy(row, key + t * key_stride, width * sizeof(T));
+            std::memcpy(row + step.value_stride, value + t * value_stride, width * sizeof(T));
+        }
+    }
+}
+
 }  // namespace
 }  // namespace memserve
 
@@ -171,5 +185,16 @@ void memserve_silu_times(const void* gate_up, void* target, int64_t rows, int64_
     else
         memserve::silu_times(static_cast<const float*>(gate_up), static_cast<float*>(target), rows,
                              width);
+}
+
+// Writes keys and values [num_tokens, num_kv_heads, head_dim] of a step to their slots.
+void memserve_write_kv(const memserve::Step* step, int64_t layer, const void* key,
+                       int64_t key_stride, const void* value, int64_t value_stride) {
+    if (step->is_bfloat16)
+        memserve::write_all(*step, layer, static_cast<const bfloat16*>(key), key_stride,
+                            static_cast<const bfloat16*>(value), value_stride);
+    else
+        memserve::write_all(*step, layer, static_cast<const float*>(key), key_stride,
+                            static_cast<const float*>(value), value_stride);
 }
 }
