@@ -99,7 +99,8 @@ def choose_dtype(config: ServeConfig) -> DType:
     """Type of weights and KV cache: what was asked for, or the fastest that loses nothing."""
     if config.dtype == "auto":
         return "bfloat16" if has_fast_bf16() else "float32"
-    return msgspec.convert(config.dtype, DType)
+    dtype: DType = msgspec.convert(config.dtype, DType)
+    return dtype
 
 
 def choose_roles(config: ServeConfig) -> list[Role]:
