@@ -23,14 +23,14 @@ from transformers import (
 
 from memserve.model.attention.native import Kernels
 from memserve.model.attention.paged import PagedBatch
-from memserve.model.linear import PackedLinear, can_pack
+from memserve.model.linear import StackedLinear
 
 FUSABLE = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 
 
 def can_fuse(module: PreTrainedModel) -> bool:
     """Whether `FusedDecoder` knows this model; subclasses may differ and don't count."""
-    return type(module) in FUSABLE and module.config.hidden_act == "silu" and can_pack()
+    return type(module) in FUSABLE and module.config.hidden_act == "silu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +38,13 @@ class FusedLayer:
     """One decoder layer's weights and constants."""
 
     input_norm: torch.Tensor
-    qkv: PackedLinear
+    qkv: StackedLinear
     query_norm: torch.Tensor | None
     key_norm: torch.Tensor | None
-    output: PackedLinear
+    output: StackedLinear
     post_norm: torch.Tensor
-    gate_up: PackedLinear
-    down: PackedLinear
+    gate_up: StackedLinear
+    down: StackedLinear
     scale: float
     window: int | None
 
@@ -61,7 +61,7 @@ class FusedDecoder:
         self._rotary = body.rotary_emb
         self._norm = body.norm.weight.data
         self._epsilon: float = body.norm.variance_epsilon
-        self._head = PackedLinear([module.lm_head.weight.data], [module.lm_head.bias])
+        self._head = StackedLinear([module.lm_head.weight.data], [module.lm_head.bias])
         module.lm_head.weight = nn.Parameter(torch.empty(0), requires_grad=False)
         self._layers = [
             _take_layer(layer, window) for layer, window in zip(body.layers, windows, strict=True)
@@ -164,8 +164,8 @@ def _take_layer(layer: Any, window: int | None) -> FusedLayer:  # noqa: ANN401
     )
 
 
-def _take(layers: list[nn.Linear]) -> PackedLinear:
-    packed = PackedLinear(
+def _take(layers: list[nn.Linear]) -> StackedLinear:
+    packed = StackedLinear(
         [layer.weight.data for layer in layers],
         [None if layer.bias is None else layer.bias.data for layer in layers],
     )

@@ -105,7 +105,7 @@ def load_model(
         eos_token_ids=_eos_token_ids(module),
     )
     fix_longrope(module, spec.max_model_len)
-    sequences = probe_sequences(spec.vocab_size)
+    sequences = probe_sequences(spec)
     expected = eager_logits(module, sequences)
     windows = layer_windows(config.get_text_config())
     kernels = load_kernels()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from memserve.model.spec import ModelSpec
 from memserve.model.step import StepInput
 
 if TYPE_CHECKING:
@@ -17,8 +18,7 @@ if TYPE_CHECKING:
     from memserve.model.loading import Model
 
 LENGTHS = (40, 13)
-SPLITS = (23, 12)
-"""Tokens of the first chunk: the second chunks are one long chunk and one decoded token."""
+"""Tokens of the two sequences, where the model takes as many."""
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3}
 """Of the difference's norm to the logits' norm. On random tokens bfloat16 alone makes up to 0.2; a
 wrong attention makes about 1."""
@@ -26,10 +26,11 @@ SHARE = {torch.float32: 1.0, torch.bfloat16: 0.75}
 """Positions that must agree: in half precision an expert's choice may flip at a few."""
 
 
-def probe_sequences(vocab_size: int) -> list[torch.Tensor]:
+def probe_sequences(spec: ModelSpec) -> list[torch.Tensor]:
     """Two sequences of token ids, int64, the same at every start."""
     generator = torch.Generator().manual_seed(0)
-    return [torch.randint(vocab_size, (length,), generator=generator) for length in LENGTHS]
+    lengths = [max(2, min(length, spec.max_model_len)) for length in LENGTHS]
+    return [torch.randint(spec.vocab_size, (n,), generator=generator) for n in lengths]
 
 
 @torch.inference_mode()
@@ -46,7 +47,10 @@ def packed_logits(
 ) -> list[torch.Tensor]:
     """Logits [length, vocab] of each sequence by two packed steps over a small arena."""
     spec = model.spec
-    width = -(-max(LENGTHS) // block_size)
+    ends = tuple(len(tokens) for tokens in sequences)
+    # The second chunks are a long one and one decoded token.
+    splits = (ends[0] * 3 // 5, ends[1] - 1)
+    width = -(-max(ends) // block_size)
     num_blocks = len(sequences) * width
     dtype = getattr(torch, spec.dtype)
     shape = (num_blocks, spec.num_layers, 2, block_size, spec.num_kv_heads, spec.head_dim)
@@ -54,9 +58,9 @@ def packed_logits(
     # Every second block, from the end: neither contiguous nor in order.
     table = torch.arange(num_blocks - 1, -1, -1, dtype=torch.int32).view(width, -1).T.contiguous()
     collected: list[list[torch.Tensor]] = [[] for _ in sequences]
-    for starts, ends in (((0, 0), SPLITS), (SPLITS, LENGTHS)):
-        logits = model.forward(_step(sequences, starts, ends, table), arena)
-        counts = [end - start for start, end in zip(starts, ends, strict=True)]
+    for begin, stop in (((0, 0), splits), (splits, ends)):
+        logits = model.forward(_step(sequences, begin, stop, table), arena)
+        counts = [b - a for a, b in zip(begin, stop, strict=True)]
         for rows, part in zip(collected, torch.split(logits, counts), strict=True):
             rows.append(part)
     return [torch.cat(rows) for rows in collected]

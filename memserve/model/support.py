@@ -50,8 +50,6 @@ def _refusal(config: PretrainedConfig, text: PretrainedConfig) -> str | None:
 
 def _shape_refusal(text: PretrainedConfig) -> str | None:
     heads = (text.num_attention_heads, _num_kv_heads(text), head_dim(text))
-    if not all(isinstance(number, int) for number in heads):
-        return "layers that differ in heads or head size aren't supported"
     if heads[0] % heads[1] != 0:
         return f"{heads[0]} query heads can't be shared out among {heads[1]} KV heads"
     if heads[2] % 8 != 0 or heads[2] > MAX_HEAD_DIM:

@@ -66,9 +66,7 @@ ARCHITECTURES = {
     "mistral": Tiny(_config("MistralConfig", sliding_window=WINDOW, head_dim=16), windowed=True),
     "qwen2": Tiny(_config("Qwen2Config")),
     "qwen2-windows": Tiny(
-        _config(
-            "Qwen2Config", use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1
-        ),
+        _config("Qwen2Config", use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
         windowed=True,
     ),
     "qwen3": Tiny(_config("Qwen3Config", head_dim=32)),
