@@ -23,7 +23,7 @@ from transformers import (
 
 from memserve.model.attention.native import Kernels
 from memserve.model.attention.paged import PagedBatch
-from memserve.model.linear import StackedLinear
+from memserve.model.linear import StackedLinear, take_weights
 
 FUSABLE = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 
@@ -61,8 +61,7 @@ class FusedDecoder:
         self._rotary = body.rotary_emb
         self._norm = body.norm.weight.data
         self._epsilon: float = body.norm.variance_epsilon
-        self._head = StackedLinear([module.lm_head.weight.data], [module.lm_head.bias])
-        module.lm_head.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+        self._head = take_weights([module.lm_head])
         self._layers = [
             _take_layer(layer, window) for layer, window in zip(body.layers, windows, strict=True)
         ]
@@ -152,26 +151,16 @@ def _take_layer(layer: Any, window: int | None) -> FusedLayer:  # noqa: ANN401
     attention, mlp = layer.self_attn, layer.mlp
     return FusedLayer(
         input_norm=layer.input_layernorm.weight.data,
-        qkv=_take([attention.q_proj, attention.k_proj, attention.v_proj]),
+        qkv=take_weights([attention.q_proj, attention.k_proj, attention.v_proj]),
         query_norm=_norm_weight(attention, "q_norm"),
         key_norm=_norm_weight(attention, "k_norm"),
-        output=_take([attention.o_proj]),
+        output=take_weights([attention.o_proj]),
         post_norm=layer.post_attention_layernorm.weight.data,
-        gate_up=_take([mlp.gate_proj, mlp.up_proj]),
-        down=_take([mlp.down_proj]),
+        gate_up=take_weights([mlp.gate_proj, mlp.up_proj]),
+        down=take_weights([mlp.down_proj]),
         scale=attention.scaling,
         window=window,
     )
-
-
-def _take(layers: list[nn.Linear]) -> StackedLinear:
-    packed = StackedLinear(
-        [layer.weight.data for layer in layers],
-        [None if layer.bias is None else layer.bias.data for layer in layers],
-    )
-    for layer in layers:
-        layer.weight = nn.Parameter(torch.empty(0), requires_grad=False)
-    return packed
 
 
 def _norm_weight(attention: nn.Module, name: str) -> torch.Tensor | None:

@@ -17,6 +17,7 @@ from memserve.model.attention.interface import IMPLEMENTATION, register
 from memserve.model.attention.native import load_kernels
 from memserve.model.attention.paged import PagedAttention, PagedBatch
 from memserve.model.fused import FusedDecoder, can_fuse
+from memserve.model.linear import pack_linears
 from memserve.model.probe import disagreement, eager_logits, probe_sequences
 from memserve.model.rotary import fix_longrope
 from memserve.model.spec import ModelSpec
@@ -42,6 +43,7 @@ class Transformer:
     def __init__(self, module: PreTrainedModel) -> None:
         register()
         module.set_attn_implementation(IMPLEMENTATION)
+        pack_linears(module)
         self._module = module
 
     def forward(self, batch: PagedBatch) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Which models are served by which path, and which are refused, with the reason."""
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from memserve.model.prepared import PreparedModel
 from memserve.model.step import StepInput
 from memserve.model.support import check_config
 from memserve.pool.refs import DType
-from tests.model.paging import Arena, assert_same, run_chunks
+from tests.model.paging import Arena, assert_same, run_chunks, step_of
 from tests.model.tiny import ARCHITECTURES, COMMON, VOCAB, build, save
 
 BLOCK = 4
@@ -220,6 +221,20 @@ def test_a_fused_path_that_disagrees_is_left_and_the_log_says_so(
     arena = Arena(model, BLOCK)
     got = run_chunks(model, arena, arena.sequence(tokens), (20, 10))
     assert_same(got, reference(config, tokens))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_step_without_wanted_logits_writes_its_kv_and_gives_none(
+    name: str, dtype: DType, tmp_path: Path
+) -> None:
+    model = load(save(ARCHITECTURES[name].config(), tmp_path), dtype)
+    arena = Arena(model, BLOCK)
+    step = step_of([(arena.sequence(tokens_of(6)), 6)])
+    none = dataclasses.replace(step, output_rows=torch.zeros(0, dtype=torch.int64))
+    assert model.forward(none, arena.tensor).shape == (0, VOCAB)
+    written = ~arena.tensor[step.block_table[0].long()].isnan()
+    assert written.flatten(4).all(-1).sum((0, 1, 2)).tolist() == [12, 12, 6, 6]
 
 
 def longrope() -> PretrainedConfig:
