@@ -116,6 +116,7 @@ def load_model(
         model = Model(spec, FusedDecoder(module, kernels, windows), attention)
         problem = disagreement(model, sequences, expected, block_size)
         if problem is None:
+            log.info("%s runs fused, attention %s", spec.architecture, attention.name)
             return model
         log.warning("the fused path can't serve %s, transformers' own will: %s", folder, problem)
         module = _load_module(folder, config, DTYPES[dtype])
@@ -124,6 +125,7 @@ def load_model(
     problem = disagreement(model, sequences, expected, block_size)
     if problem is not None:
         raise UnsupportedModel(f"{config.model_type}: {problem}")
+    log.info("%s runs by transformers, attention %s", spec.architecture, attention.name)
     return model
 
 
