@@ -67,3 +67,15 @@ def test_logprobs_are_those_of_transformers(any_layout: ServerProcess, reference
         scores = reference(ids).logits[0, len(choice.prompt_token_ids) - 1 : -1].log_softmax(-1)
     expected = scores.gather(1, torch.tensor(choice.token_ids)[:, None])[:, 0]
     assert choice.logprobs.token_logprobs == pytest.approx(expected.tolist(), abs=1e-3)
+
+
+def test_seeded_sampling_repeats_itself_whatever_runs_beside_it(any_layout: ServerProcess) -> None:
+    def ask(n: int) -> list[str]:
+        completion = any_layout.client().completions.create(
+            model=MODEL, prompt="A list of animals:", max_tokens=12, seed=7, temperature=0.9, n=n
+        )
+        return [choice.text for choice in completion.choices]
+
+    alone, together = ask(1), ask(3)
+    assert alone[0] == together[0]
+    assert len(set(together)) > 1

@@ -18,7 +18,6 @@ from contextlib import asynccontextmanager
 
 import numpy as np
 import torch
-from memserve.model.sampling import Sampled
 
 from memserve.channel import receive_descriptor, send_descriptor
 from memserve.cluster import Cluster
@@ -26,6 +25,7 @@ from memserve.config import EngineConfig
 from memserve.generation import Generation
 from memserve.instance import InstancePlan, WorkerProcess
 from memserve.messages import Configure, MapPeer, Ready, SamplingParams
+from memserve.model.sampling import Sampled
 from memserve.pool.arena import Arena
 from memserve.pool.generations import load_native_blocks
 from memserve.pool.mempool import MemPool
@@ -72,9 +72,7 @@ class OracleRunner:
             time.sleep(self._step_seconds)
         last = [(part, self._compute(part)) for part in slices]
         return [
-            Sampled(token=fingerprint % VOCABULARY)
-            for part, fingerprint in last
-            if part.samples
+            Sampled(token=fingerprint % VOCABULARY) for part, fingerprint in last if part.samples
         ]
 
     def _compute(self, part: Slice) -> int:
