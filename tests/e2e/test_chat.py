@@ -1,6 +1,8 @@
 """The openai client against a real server, with one prefill and one decode worker."""
 
 import asyncio
+import subprocess
+import sys
 from typing import Any
 
 import openai
@@ -103,3 +105,28 @@ async def test_a_client_that_leaves_during_prefill_frees_its_pages(
                     extra_body={"ignore_eos": True},
                 )
     assert_all_home(disaggregated)
+
+
+def chat(*arguments: str, lines: str) -> "subprocess.CompletedProcess[str]":
+    """`memserve chat` with these lines typed in."""
+    options = ("--temperature", "0", "--max-tokens", "40")
+    command = [sys.executable, "-m", "memserve", "chat", *options, *arguments]
+    return subprocess.run(
+        command, input=lines, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_the_terminal_chat_remembers_what_was_said(disaggregated: ServerProcess) -> None:
+    run = chat(
+        "--url",
+        disaggregated.url,
+        lines="What is the capital of France?\nWhich city did you name?\n\n",
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("Paris") >= 2
+
+
+def test_the_terminal_chat_says_when_no_server_answers() -> None:
+    run = chat("--url", "http://127.0.0.1:1", lines="Hello\n")
+    assert run.returncode == 2
+    assert run.stderr.strip() == "memserve: no server answers at http://127.0.0.1:1"
