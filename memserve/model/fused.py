@@ -23,7 +23,7 @@ from transformers import (
 
 from memserve.model.attention.native import Kernels
 from memserve.model.attention.paged import PagedBatch
-from memserve.model.linear import StackedLinear, take_weights
+from memserve.model.linear import Linear, Linears
 
 FUSABLE = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 
@@ -38,13 +38,13 @@ class FusedLayer:
     """One decoder layer's weights and constants."""
 
     input_norm: torch.Tensor
-    qkv: StackedLinear
+    qkv: Linear
     query_norm: torch.Tensor | None
     key_norm: torch.Tensor | None
-    output: StackedLinear
+    output: Linear
     post_norm: torch.Tensor
-    gate_up: StackedLinear
-    down: StackedLinear
+    gated: Linear
+    down: Linear
     scale: float
     window: int | None
 
@@ -53,7 +53,11 @@ class FusedDecoder:
     """A whole model from token ids to logits, on the CPU."""
 
     def __init__(
-        self, module: PreTrainedModel, kernels: Kernels, windows: list[int | None]
+        self,
+        module: PreTrainedModel,
+        kernels: Kernels,
+        linears: Linears,
+        windows: list[int | None],
     ) -> None:
         self._kernels = kernels
         body = module.get_decoder()
@@ -61,9 +65,10 @@ class FusedDecoder:
         self._rotary = body.rotary_emb
         self._norm = body.norm.weight.data
         self._epsilon: float = body.norm.variance_epsilon
-        self._head = take_weights([module.lm_head])
+        self._head = linears.stack([module.lm_head])
         self._layers = [
-            _take_layer(layer, window) for layer, window in zip(body.layers, windows, strict=True)
+            _take_layer(layer, kernels, linears, window)
+            for layer, window in zip(body.layers, windows, strict=True)
         ]
         self._is_bfloat16 = int(self._embedding.dtype == torch.bfloat16)
 
@@ -78,7 +83,7 @@ class FusedDecoder:
             self._add_norm(residual, delta, layer.input_norm, normed)
             attended = self._attend(index, layer, layer.qkv(normed), batch, cosine, sine)
             self._add_norm(residual, layer.output(attended), layer.post_norm, normed)
-            delta = layer.down(self._activate(layer.gate_up(normed)))
+            delta = layer.down(layer.gated(normed))
         assert delta is not None
         wanted = residual[step.output_rows]
         last = torch.empty_like(wanted)
@@ -137,27 +142,24 @@ class FusedDecoder:
         batch.attend(index, query, output, scale=layer.scale, window=layer.window)
         return output
 
-    def _activate(self, gate_up: torch.Tensor) -> torch.Tensor:
-        rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-        target = gate_up.new_empty(rows, width)
-        self._kernels.silu_times(
-            gate_up.data_ptr(), target.data_ptr(), rows, width, self._is_bfloat16
-        )
-        return target
 
-
-def _take_layer(layer: Any, window: int | None) -> FusedLayer:  # noqa: ANN401
+def _take_layer(
+    layer: Any,  # noqa: ANN401
+    kernels: Kernels,
+    linears: Linears,
+    window: int | None,
+) -> FusedLayer:
     """Pack a transformers layer's weights and take them away from it."""
     attention, mlp = layer.self_attn, layer.mlp
     return FusedLayer(
         input_norm=layer.input_layernorm.weight.data,
-        qkv=take_weights([attention.q_proj, attention.k_proj, attention.v_proj]),
+        qkv=linears.stack([attention.q_proj, attention.k_proj, attention.v_proj]),
         query_norm=_norm_weight(attention, "q_norm"),
         key_norm=_norm_weight(attention, "k_norm"),
-        output=take_weights([attention.o_proj]),
+        output=linears.stack([attention.o_proj]),
         post_norm=layer.post_attention_layernorm.weight.data,
-        gate_up=take_weights([mlp.gate_proj, mlp.up_proj]),
-        down=take_weights([mlp.down_proj]),
+        gated=linears.gate(mlp.gate_proj, mlp.up_proj, kernels),
+        down=linears.stack([mlp.down_proj]),
         scale=attention.scaling,
         window=window,
     )

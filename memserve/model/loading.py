@@ -17,7 +17,7 @@ from memserve.model.attention.interface import IMPLEMENTATION, register
 from memserve.model.attention.native import load_kernels
 from memserve.model.attention.paged import PagedAttention, PagedBatch
 from memserve.model.fused import FusedDecoder, can_fuse
-from memserve.model.linear import pack_linears
+from memserve.model.linear import Linears, choose_linears
 from memserve.model.probe import disagreement, eager_logits, probe_sequences
 from memserve.model.rotary import fix_longrope
 from memserve.model.spec import ModelSpec
@@ -40,10 +40,10 @@ class Network(Protocol):
 class Transformer:
     """A transformers model with its attention replaced by ours: the path that serves everything."""
 
-    def __init__(self, module: PreTrainedModel) -> None:
+    def __init__(self, module: PreTrainedModel, linears: Linears) -> None:
         register()
         module.set_attn_implementation(IMPLEMENTATION)
-        pack_linears(module)
+        linears.replace(module)
         self._module = module
 
     def forward(self, batch: PagedBatch) -> torch.Tensor:
@@ -111,9 +111,10 @@ def load_model(
     expected = eager_logits(module, sequences)
     windows = layer_windows(config.get_text_config())
     kernels = load_kernels()
+    linears = choose_linears(kernels, DTYPES[dtype])
     attention = PagedAttention(kernels, num_query_heads=spec.num_query_heads, windows=windows)
     if kernels is not None and can_fuse(module):
-        model = Model(spec, FusedDecoder(module, kernels, windows), attention)
+        model = Model(spec, FusedDecoder(module, kernels, linears, windows), attention)
         problem = disagreement(model, sequences, expected, block_size)
         if problem is None:
             log.info("%s runs fused, attention %s", spec.architecture, attention.name)
@@ -121,7 +122,7 @@ def load_model(
         log.warning("the fused path can't serve %s, transformers' own will: %s", folder, problem)
         module = _load_module(folder, config, DTYPES[dtype])
         fix_longrope(module, spec.max_model_len)
-    model = Model(spec, Transformer(module), attention)
+    model = Model(spec, Transformer(module, linears), attention)
     problem = disagreement(model, sequences, expected, block_size)
     if problem is not None:
         raise UnsupportedModel(f"{config.model_type}: {problem}")

@@ -112,6 +112,12 @@ inline floats exponential(floats x) {
     return x < -87.0f ? floats{} : result;
 }
 
+// x * sigmoid(x). Far below zero it is 0; the bound keeps the exponential finite.
+inline floats silu(floats x) {
+    floats bounded = x < -80.0f ? splat(-80.0f) : x;
+    return x / (exponential(-bounded) + 1.0f);
+}
+
 // One step's sequences and the arena they live in. Strides count elements; mirrored in Python
 // (memserve/model/attention/native.py).
 struct Step {

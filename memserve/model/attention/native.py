@@ -17,7 +17,7 @@ from memserve.native.build import load_library
 
 log = logging.getLogger(__name__)
 
-SOURCES = ("attention.cpp", "layer_ops.cpp")
+SOURCES = ("attention.cpp", "layer_ops.cpp", "matmul.cpp")
 
 
 class NativeStep(ctypes.Structure):
@@ -61,9 +61,15 @@ class Kernels:
         self.rotate_and_write.argtypes = [step, c_int64, *[c_void_p] * 5, c_float]
         self.silu_times = library.memserve_silu_times
         self.silu_times.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_int32]
+        self.pack_weight = library.memserve_pack_weight
+        self.pack_weight.argtypes = [c_void_p, *[c_int64] * 4, c_void_p]
+        self.multiply = library.memserve_multiply
+        self.multiply.argtypes = [*[c_void_p] * 4, *[c_int64] * 3, c_int32]
+        self.has_matmul = bool(library.memserve_matmul_available())
         functions = (
             *(self.attend, self.write_kv, self.add_norm),
             *(self.rotate_and_write, self.silu_times),
+            *(self.pack_weight, self.multiply),
         )
         for function in functions:
             function.restype = None
