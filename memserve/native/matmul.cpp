@@ -5,7 +5,7 @@
 // 2i + 1 of each output. A panel is two tiles of outputs, side by side for each 32 inputs, so that
 // a product reads its weights as one stream. Whatever is beyond the weight's edges is zero.
 //
-// With few rows the time is that of reading the weights, so the next panel is fetched while one is
+// With few rows the time is that of reading the weights, so the next ones are fetched while one is
 // computed. With many, as many rows are taken at a time as stay in the second-level cache beside
 // the weights that pass through it. Rows are read where they lie; only those that don't fill a tile
 // are copied, and filled up with zeros.
@@ -31,6 +31,7 @@ constexpr int64_t PANEL = 2 * TILE_ROWS;           // outputs
 constexpr int64_t BLOCK = 2 * TILE_ROWS;           // rows multiplied at once
 constexpr int64_t GROUP = 2;                // panels whose outputs are written together
 constexpr int64_t LINE = 32;                // elements of a cache line
+constexpr int64_t AHEAD = 4096;             // elements, 8 KiB: how far a single block fetches ahead
 constexpr int64_t CACHED_ROWS = 1 << 19;    // elements: 1 MiB, half a second-level cache
 constexpr int64_t PARALLEL_FROM = 1 << 17;  // products: below, waking a thread costs more
 
@@ -67,8 +68,9 @@ struct Shapes {
     }
 };
 
-// sums [16 * ROW_TILES, 32] = rows times a panel. Fetches `ahead_lines` lines per 32 inputs.
-template <int ROW_TILES>
+// sums [16 * ROW_TILES, 32] = rows times a panel. Fetches `ahead_lines` lines per 32 inputs: into
+// the first-level cache for a single block, which needs them soon, else into the second.
+template <int ROW_TILES, bool IS_SINGLE>
 inline void multiply(const Rows& rows, const bfloat16* panel, int64_t input_tiles,
                      const bfloat16* ahead, int64_t ahead_lines, float* sums) {
     _tile_zero(0);
@@ -81,7 +83,7 @@ inline void multiply(const Rows& rows, const bfloat16* panel, int64_t input_tile
     const int64_t stride = rows.row_stride * sizeof(bfloat16);
     for (int64_t i = 0; i < input_tiles; i++) {
         for (int64_t line = 0; line < ahead_lines; line++, ahead += LINE)
-            _mm_prefetch(ahead, _MM_HINT_T1);
+            _mm_prefetch(ahead, IS_SINGLE ? _MM_HINT_T0 : _MM_HINT_T1);
         _tile_loadd(4, x, stride);
         _tile_loadd(6, panel, 64);
         _tile_dpbf16ps(0, 4, 6);
@@ -176,23 +178,25 @@ struct Pass {
     Rows block(int64_t row) const {
         if (row < begin + num_in_place)
             return {product.rows + row * width, width, TILE_INPUTS, TILE_ROWS * width};
-        return {copied + (row - begin - num_in_place) * width, TILE_INPUTS, TILE, TILE_ROWS * width};
+        const bfloat16* first = copied + (row - begin - num_in_place) * width;
+        return {first, TILE_INPUTS, TILE, TILE_ROWS * width};
     }
 
-    // All rows by `count` panels, fetching the next panels from memory meanwhile.
-    template <bool GATED>
+    // All rows by `count` panels, fetching the next weights from memory meanwhile.
+    template <bool GATED, bool IS_SINGLE>
     void multiply_panels(int64_t first, int64_t count) const {
         alignas(64) float sums[GROUP][BLOCK * PANEL];
         const int64_t panel_size = PANEL * width;
         const int64_t num_blocks = tiles(end - begin, BLOCK);
         const int64_t ahead_lines = tiles(2 * TILE / LINE, num_blocks);
         const bfloat16* weight = product.weight + first * panel_size;
-        const bfloat16* ahead = weight + count * panel_size;
+        const bfloat16* ahead = weight + (IS_SINGLE ? AHEAD : count * panel_size);
         for (int64_t row = begin; row < end; row += BLOCK) {
             const Rows rows = block(row);
             const int64_t left = std::min(end - row, BLOCK);
             for (int64_t p = 0; p < count; p++) {
-                const auto run = left > TILE_ROWS ? multiply<2> : multiply<1>;
+                const auto run =
+                    left > TILE_ROWS ? multiply<2, IS_SINGLE> : multiply<1, IS_SINGLE>;
                 run(rows, weight + p * panel_size, width / TILE_INPUTS, ahead + p * panel_size,
                     ahead_lines, sums[p]);
             }
@@ -210,9 +214,12 @@ struct Pass {
     void multiply_share(int64_t num_panels) const {
         const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
         const int64_t last = num_panels * (thread + 1) / threads;
-        const int64_t group = end - begin > BLOCK ? GROUP : 1;
-        for (int64_t panel = num_panels * thread / threads; panel < last; panel += group)
-            multiply_panels<GATED>(panel, std::min(group, last - panel));
+        int64_t panel = num_panels * thread / threads;
+        if (end - begin <= BLOCK)
+            for (; panel < last; panel++) multiply_panels<GATED, true>(panel, 1);
+        else
+            for (; panel < last; panel += GROUP)
+                multiply_panels<GATED, false>(panel, std::min(GROUP, last - panel));
     }
 };
 
