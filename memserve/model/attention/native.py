@@ -8,6 +8,7 @@ and `torch.set_num_threads` governs these kernels too.
 import ctypes
 import logging
 from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
+from enum import IntEnum
 from pathlib import Path
 
 import torch
@@ -17,7 +18,17 @@ from memserve.native.build import load_library
 
 log = logging.getLogger(__name__)
 
-SOURCES = ("attention.cpp", "layer_ops.cpp", "matmul.cpp")
+SOURCES = ("attention.cpp", "layer_ops.cpp", "matmul.cpp", "prefill.cpp")
+
+
+class PrefillOperands(IntEnum):
+    """What the kernel for long chunks can multiply on this machine."""
+
+    NONE = 0
+    FLOAT32 = 1
+    """Whatever the arena holds."""
+    BFLOAT16 = 2
+    """A bfloat16 arena on matrix tiles (AMX), float32 as above."""
 
 
 class NativeStep(ctypes.Structure):
@@ -53,6 +64,16 @@ class Kernels:
             *(step, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_void_p),
             *(c_float, c_int32, c_void_p, c_int32),
         ]
+        self.prefill = library.memserve_prefill
+        self.prefill.argtypes = [
+            *(step, c_int64, c_void_p, c_int64, c_void_p, c_int64),
+            *(c_float, c_int32, c_void_p, c_int32, c_void_p, c_int64),
+        ]
+        self.prefill.restype = None
+        self.prefill_scratch = library.memserve_prefill_scratch
+        self.prefill_scratch.argtypes = [step, c_void_p, c_int32]
+        self.prefill_scratch.restype = c_int64
+        self.prefill_operands = PrefillOperands(library.memserve_prefill_operands())
         self.write_kv = library.memserve_write_kv
         self.write_kv.argtypes = [step, c_int64, c_void_p, c_int64, c_void_p, c_int64]
         self.add_norm = library.memserve_add_norm

@@ -1,9 +1,9 @@
 """Paged attention on the CPU: writes new KV into the arena and attends over block tables.
 
 `PagedAttention` lives as long as the model and holds what steps share; `begin` returns a
-`PagedBatch`, which lives for one step and serves all its layers. Decode and short chunks go to the
-C++ kernel, long chunks to gather + SDPA, whose matrix products run on the CPU's matrix units;
-without a compiler everything goes to gather + SDPA.
+`PagedBatch`, which lives for one step and serves all its layers. Decode and short chunks go to a
+C++ kernel that reads each key once for all heads, long chunks to one made of matrix products. A CPU
+without AVX-512 has gather + SDPA for long chunks; without a compiler it serves everything.
 """
 
 import ctypes
@@ -18,13 +18,19 @@ from memserve.model.attention.gathered import (
     grouped_attention,
     visibility_mask,
 )
-from memserve.model.attention.native import Kernels, native_step
+from memserve.model.attention.native import Kernels, PrefillOperands, native_step
 from memserve.model.step import StepInput
 
 log = logging.getLogger(__name__)
 
 LONG_CHUNK = 16
-"""Query tokens of a sequence from which gather + SDPA is faster than the C++ kernel."""
+"""Query tokens of a sequence from which its slice counts as a long chunk."""
+
+LONG_CHUNK_ROWS = 16
+"""The same where matrix tiles serve long chunks: query tokens times query heads per KV head."""
+
+MAX_HEAD_DIM = 256
+"""Of the kernel for long chunks."""
 
 
 class PagedAttention:
@@ -38,13 +44,28 @@ class PagedAttention:
         self.num_query_heads = num_query_heads
         self.windows = windows
         self.gatherer = ContextGatherer()
+        self._scratch = torch.empty(0, dtype=torch.uint8)
         if kernels is None:
             log.warning("no compiled attention kernel: grouped SDPA serves every step, slower")
 
     @property
     def name(self) -> str:
-        """For the log: which implementation attends."""
-        return "cpu-sdpa" if self.kernels is None else "cpu-native"
+        """For the log: which implementation attends, and with what on long chunks."""
+        if self.kernels is None:
+            return "cpu-sdpa"
+        match self.kernels.prefill_operands:
+            case PrefillOperands.BFLOAT16:
+                return "cpu-native+amx"
+            case PrefillOperands.FLOAT32:
+                return "cpu-native+avx512"
+            case PrefillOperands.NONE:
+                return "cpu-native+sdpa"
+
+    def scratch(self, size: int) -> torch.Tensor:
+        """Kept memory of at least `size` bytes; new memory would cost page faults at each step."""
+        if self._scratch.numel() < size:
+            self._scratch = torch.empty(size, dtype=torch.uint8)
+        return self._scratch
 
     def begin(self, step: StepInput, arena: torch.Tensor) -> "PagedBatch":
         """Prepare one step. `arena` [num_blocks, num_layers, 2, block_size, Hkv, D]."""
@@ -63,15 +84,21 @@ class PagedBatch:
         self._kernels = attention.kernels
         self._gatherer = attention.gatherer
         counts = step.query_start.diff()
-        longest = 0 if self._kernels is None else LONG_CHUNK - 1
-        self._short = (counts <= longest).nonzero().flatten().int()
-        self._long: list[int] = (counts > longest).nonzero().flatten().tolist()
-        self._num_short = self._short.numel()
+        is_long = counts >= long_chunk(self._kernels, arena, self.num_query_heads)
+        self._short = (~is_long).nonzero().flatten().int()
+        self._long = is_long.nonzero().flatten().int()
+        self._num_short, self._num_long = self._short.numel(), self._long.numel()
         self._masks: dict[tuple[int, int | None], torch.Tensor | None] = {}
         if self._kernels is not None:
             self.native = native_step(step, arena, self.num_query_heads)
             self.native_pointer = ctypes.pointer(self.native)
-        if self._long:
+        self._scratch: torch.Tensor | None = None
+        if self._num_long and self._kernels is not None and can_prefill(self._kernels, arena):
+            wanted = self._kernels.prefill_scratch(
+                self.native_pointer, self._long.data_ptr(), self._num_long
+            )
+            self._scratch = attention.scratch(wanted)
+        elif self._num_long:
             self._bounds: list[int] = step.query_start.tolist()
             self._kv_len: list[int] = step.kv_len.tolist()
         if self._kernels is None:
@@ -139,8 +166,25 @@ class PagedBatch:
                 self._short.data_ptr(),
                 self._num_short,
             )
-        for sequence in self._long:
-            self._attend_gathered(sequence, layer, query, output, scale=scale, window=window)
+        if self._scratch is not None:
+            assert self._kernels is not None
+            self._kernels.prefill(
+                self.native_pointer,
+                layer,
+                query.data_ptr(),
+                query.stride(0),
+                output.data_ptr(),
+                output.stride(0),
+                scale,
+                window or 0,
+                self._long.data_ptr(),
+                self._num_long,
+                self._scratch.data_ptr(),
+                self._scratch.numel(),
+            )
+        else:
+            for sequence in self._long.tolist():
+                self._attend_gathered(sequence, layer, query, output, scale=scale, window=window)
 
     def _attend_gathered(
         self,
@@ -188,6 +232,22 @@ class PagedBatch:
         owner = torch.repeat_interleave(step.query_start.diff().long())
         blocks = step.block_table[owner, step.positions // block_size]
         return blocks.long(), step.positions % block_size
+
+
+def can_prefill(kernels: Kernels, arena: torch.Tensor) -> bool:
+    """Whether the kernel for long chunks serves this arena here."""
+    return kernels.prefill_operands != PrefillOperands.NONE and arena.shape[5] <= MAX_HEAD_DIM
+
+
+def long_chunk(kernels: Kernels | None, arena: torch.Tensor, num_query_heads: int) -> int:
+    """Query tokens of a sequence from which it isn't for the kernel for short chunks."""
+    if kernels is None:
+        return 0
+    on_tiles = kernels.prefill_operands == PrefillOperands.BFLOAT16
+    if on_tiles and arena.dtype == torch.bfloat16 and can_prefill(kernels, arena):
+        group = num_query_heads // arena.shape[4]
+        return max(2, -(-LONG_CHUNK_ROWS // group))
+    return LONG_CHUNK
 
 
 def rows_contiguous(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,248 @@
+"""The kernel for long chunks against attention written out plainly in float32."""
+
+import ctypes
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from memserve.model.attention.native import Kernels, PrefillOperands, load_kernels, native_step
+from memserve.model.attention.paged import PagedAttention
+from memserve.model.step import StepInput
+
+LAYERS = 2
+LAYER = 1
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Kernels:
+    loaded = load_kernels()
+    assert loaded is not None, "the tests need a C++ compiler"
+    return loaded
+
+
+@pytest.fixture(params=[1, 2], ids=["1-thread", "2-threads"])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@dataclass
+class Case:
+    """Sequences of (context before the step, tokens in the step), all KV in the arena."""
+
+    step: StepInput
+    arena: torch.Tensor
+    query: torch.Tensor  # [T, Hq, D]
+    want: torch.Tensor  # float32, like query
+    scale: float
+
+
+def build(
+    spans: list[tuple[int, int]],
+    *,
+    dtype: str = "bfloat16",
+    group: int = 3,
+    kv_heads: int = 2,
+    head_dim: int = 64,
+    block_size: int = 16,
+    window: int | None = None,
+    spread: float = 1.0,
+) -> Case:
+    """Random sequences; `spread` scales the queries, and with them how sharp attention is."""
+    generator = torch.Generator().manual_seed(sum(c + 7 * n for c, n in spans))
+    lengths = [context + new for context, new in spans]
+    width = -(-max(lengths) // block_size)
+    table = torch.randperm(len(spans) * width, generator=generator).view(-1, width).int()
+    shape = (len(spans) * width, LAYERS, 2, block_size, kv_heads, head_dim)
+    arena = torch.full(shape, math.nan, dtype=DTYPES[dtype])
+    counts = torch.tensor([0] + [new for _, new in spans])
+    step = StepInput(
+        token_ids=torch.zeros(int(counts.sum()), dtype=torch.int64),
+        positions=torch.cat([torch.arange(c, c + n) for c, n in spans]),
+        query_start=counts.cumsum(0).int(),
+        kv_len=torch.tensor(lengths, dtype=torch.int32),
+        block_table=table,
+        output_rows=torch.zeros(0, dtype=torch.int64),
+    )
+    query = torch.randn(int(counts.sum()), kv_heads * group, head_dim, generator=generator)
+    query = (query * spread).to(DTYPES[dtype])
+    scale = head_dim**-0.5
+    wanted = []
+    for row, (context, new) in enumerate(spans):
+        rows = torch.randn(2, context + new, kv_heads, head_dim, generator=generator)
+        rows = rows.to(DTYPES[dtype])
+        positions = torch.arange(context + new)
+        blocks = table[row, positions // block_size].long()
+        arena[blocks, LAYER, :, positions % block_size] = rows.transpose(0, 1)
+        start = int(step.query_start[row])
+        part = query[start : start + new].float()
+        wanted.append(plain(part, rows[0].float(), rows[1].float(), scale, window))
+    return Case(step, arena, query, torch.cat(wanted), scale)
+
+
+def plain(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
+) -> torch.Tensor:
+    """Causal attention of the last queries [T, Hq, D] over [L, Hkv, D], in float32."""
+    new, length, kv_heads = query.shape[0], *key.shape[:2]
+    grouped = query.view(new, kv_heads, -1, query.shape[2])
+    scores = torch.einsum("qhgd,lhd->hgql", grouped, key) * scale
+    distance = torch.arange(length - new, length)[:, None] - torch.arange(length)
+    hidden = (distance < 0) | (distance >= (window or length))
+    weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
+    return torch.einsum("hgql,lhd->qhgd", weights, value).flatten(1, 2)
+
+
+def prefill(case: Case, kernels: Kernels, window: int | None = None) -> torch.Tensor:
+    """The kernel under test on all sequences, whatever their length."""
+    if kernels.prefill_operands == PrefillOperands.NONE:
+        pytest.skip("this CPU has no AVX-512")
+    native = native_step(case.step, case.arena, case.query.shape[1])
+    pointer = ctypes.pointer(native)
+    sequences = torch.arange(native.num_sequences, dtype=torch.int32)
+    size = kernels.prefill_scratch(pointer, sequences.data_ptr(), len(sequences))
+    scratch = torch.full((size,), 255, dtype=torch.uint8)  # NaN, whatever is read without a write
+    output = torch.full_like(case.query, math.nan)
+    stride = case.query.stride(0)
+    kernels.prefill(
+        *(pointer, LAYER, case.query.data_ptr(), stride, output.data_ptr(), stride),
+        *(case.scale, window or 0, sequences.data_ptr(), len(sequences)),
+        *(scratch.data_ptr(), size),
+    )
+    return output
+
+
+def assert_near(got: torch.Tensor, want: torch.Tensor) -> None:
+    """Fail if an element is too far off, or NaN.
+
+    In float32 only the order of sums differs. In bfloat16 the inputs are exactly those of `want`,
+    but two roundings come in, of at most 1/256 each: of the output, and of each weight. If one
+    weight has it all, they add up to |x| / 128; if many share it, the errors of weights on values
+    of size 1 partly cancel, and the constant is for what remains.
+    """
+    absolute, relative = (1e-5, 0.0) if got.dtype == torch.float32 else (4e-3, 1 / 128)
+    error = (got.float() - want).abs()
+    limit = want.abs() * relative + absolute
+    assert bool((error <= limit).all()), f"off by {error.max().item():.2g}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("group", [1, 3, 8])
+def test_every_group_and_head_size_equals_the_plain_formula(
+    kernels: Kernels, threads: int, dtype: str, group: int, head_dim: int
+) -> None:
+    assert threads
+    spans = [(0, 40), (100, 17), (37, 150)]
+    case = build(spans, dtype=dtype, group=group, head_dim=head_dim)
+    assert_near(prefill(case, kernels), case.want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [8, 24, 80, 256])
+def test_head_sizes_that_fill_no_tile_are_padded(
+    kernels: Kernels, dtype: str, head_dim: int
+) -> None:
+    case = build([(30, 70), (0, 16)], dtype=dtype, head_dim=head_dim)
+    assert_near(prefill(case, kernels), case.want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block_size", [1, 4, 16, 48, 128])
+@pytest.mark.parametrize("context", [0, 1, 15, 16, 31, 32, 33, 47, 48, 63, 64, 65, 127, 128])
+def test_contexts_end_anywhere_in_blocks_and_tiles(
+    kernels: Kernels, dtype: str, block_size: int, context: int
+) -> None:
+    spans = [(context, 16), (context, 21), (context, 22), (context, 64)]
+    case = build(spans, dtype=dtype, block_size=block_size, kv_heads=1)
+    assert_near(prefill(case, kernels), case.want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("span", [(0, 600), (2000, 16), (1999, 333), (511, 512)])
+def test_long_chunks_and_contexts_equal_the_plain_formula(
+    kernels: Kernels, threads: int, dtype: str, span: tuple[int, int]
+) -> None:
+    assert threads
+    case = build([span], dtype=dtype)
+    assert_near(prefill(case, kernels), case.want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [1, 2, 16, 31, 32, 63, 64, 65, 100, 1000])
+def test_a_window_hides_exactly_what_lies_before_it(
+    kernels: Kernels, threads: int, dtype: str, window: int
+) -> None:
+    assert threads
+    case = build([(0, 130), (300, 70), (63, 20)], dtype=dtype, window=window)
+    assert_near(prefill(case, kernels, window), case.want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_to_a_single_token_at_any_place_survives(kernels: Kernels, dtype: str) -> None:
+    # Scores differ by hundreds: the running maximum moves, and old results vanish.
+    case = build([(200, 100)], dtype=dtype, spread=60.0)
+    assert_near(prefill(case, kernels), case.want)
+
+
+def test_scores_that_only_grow_are_rescaled_without_loss(kernels: Kernels) -> None:
+    # Each key scores a little more than the one before it, across many tiles.
+    case = build([(300, 64)], dtype="float32", group=1, kv_heads=1, head_dim=32)
+    length, positions = 364, torch.arange(364)
+    keys = (positions / 10.0)[:, None].expand(length, 32).contiguous()
+    blocks = case.step.block_table[0, positions // 16].long()
+    case.arena[blocks, LAYER, 0, positions % 16, 0] = keys
+    case.query[:] = 1.0
+    values = case.arena[blocks, LAYER, 1, positions % 16]
+    want = plain(case.query, keys[:, None], values, case.scale, None)
+    assert_near(prefill(case, kernels), want)
+
+
+def test_contexts_larger_than_the_scratch_memory_take_turns(kernels: Kernels) -> None:
+    # 4 KV heads of about 3.1 MiB each, or 1.6 in bfloat16, into 4 MiB.
+    for dtype in DTYPES:
+        case = build([(1500, 20), (10, 30)], dtype=dtype, kv_heads=4, group=1, head_dim=256)
+        assert_near(prefill(case, kernels), case.want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_long_chunks_packed_with_decode_rows_and_short_ones_equal_the_plain_formula(
+    kernels: Kernels, threads: int, dtype: str
+) -> None:
+    assert threads
+    spans = [(90, 1), (0, 200), (33, 3), (700, 1), (64, 16), (5, 40), (129, 5)]
+    case = build(spans, dtype=dtype)
+    attention = PagedAttention(kernels, num_query_heads=6, windows=[None] * LAYERS)
+    output = torch.full_like(case.query, math.nan)
+    batch = attention.begin(case.step, case.arena)
+    batch.attend(LAYER, case.query.flatten(1), output.flatten(1), scale=case.scale, window=None)
+    assert_near(output, case.want)
+
+
+def test_rows_are_read_and_written_with_their_strides(kernels: Kernels) -> None:
+    # The fused path passes queries as columns of the joint projection.
+    case = build([(20, 50)])
+    width = case.query[0].numel()
+    joint = torch.full((50, width + 96), math.nan, dtype=torch.bfloat16)
+    joint[:, :width] = case.query.flatten(1)
+    attention = PagedAttention(kernels, num_query_heads=6, windows=[None] * LAYERS)
+    output = torch.full((50, width), math.nan, dtype=torch.bfloat16)
+    batch = attention.begin(case.step, case.arena)
+    batch.attend(LAYER, joint[:, :width], output, scale=case.scale, window=None)
+    assert_near(output.view_as(case.want), case.want)
+    assert bool(joint[:, width:].isnan().all())
+
+
+def test_a_mistake_of_one_token_exceeds_the_tolerance() -> None:
+    """What the comparisons above must be able to see, in the coarser dtype."""
+    case = build([(30, 100)], window=64)
+    off_by_one = build([(30, 100)], window=63)
+    assert torch.equal(case.query, off_by_one.query)
+    with pytest.raises(AssertionError, match="off by"):
+        assert_near(off_by_one.want.bfloat16(), case.want)
