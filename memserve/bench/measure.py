@@ -19,7 +19,8 @@ from memserve.bench.limits import LinearLayers, ReadBandwidth, kv_bytes_per_toke
 from memserve.bench.records import MATMUL_KINDS, Decode, Prefill, Profile, Task, Worker
 from memserve.bench.subjects import EngineSubject, TransformersSubject, engine_config
 from memserve.errors import UsageError
-from memserve.model.loading import Model, load_model
+from memserve.model.loading import load_model
+from memserve.model.model import Model
 from memserve.pool.arena import Arena
 from memserve.pool.generations import load_native_blocks
 from memserve.pool.mempool import MemPool

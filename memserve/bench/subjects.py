@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicCache
 from memserve.bench.records import Task
 from memserve.config import EngineConfig, ServeConfig
 from memserve.messages import Abort, SamplingParams, Submit
-from memserve.model.loading import Model
+from memserve.model.model import Model
 from memserve.pool.arena import Arena
 from memserve.pool.mempool import MemPool
 from memserve.workers.engine import Engine

@@ -1,86 +1,30 @@
-"""Load a checkpoint folder as a `Model`: tokens in, logits out, KV in the arena.
+"""Load a checkpoint folder as a `Model`, on the fastest path that gives the right logits.
 
-The model code is transformers'; only its attention is replaced. Architectures that can't be served
-so are refused, by their configuration before loading and by a probe after it.
+Architectures that can't be served are refused, by their configuration before loading and by a probe
+after it.
 """
 
 import logging
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from memserve.errors import ModelNotFound, UnsupportedModel
-from memserve.model.attention.interface import IMPLEMENTATION, register
 from memserve.model.attention.native import load_kernels
-from memserve.model.attention.paged import PagedAttention, PagedBatch
+from memserve.model.attention.paged import PagedAttention
 from memserve.model.fused import FusedDecoder, can_fuse
-from memserve.model.linear import Linears, choose_linears
+from memserve.model.linear import choose_linears
+from memserve.model.model import Model, Transformer
 from memserve.model.probe import disagreement, eager_logits, probe_sequences
 from memserve.model.rotary import fix_longrope
-from memserve.model.spec import ModelSpec
-from memserve.model.step import StepInput
 from memserve.model.support import check_config, layer_windows, model_spec
 from memserve.pool.refs import DType
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-class Network(Protocol):
-    """What computes a step's logits."""
-
-    def forward(self, batch: PagedBatch) -> torch.Tensor:
-        """Logits [N, vocab_size] of the step's output rows."""
-
-
-class Transformer:
-    """A transformers model with its attention replaced by ours: the path that serves everything."""
-
-    def __init__(self, module: PreTrainedModel, linears: Linears) -> None:
-        register()
-        module.set_attn_implementation(IMPLEMENTATION)
-        linears.replace(module)
-        self._module = module
-
-    def forward(self, batch: PagedBatch) -> torch.Tensor:
-        """Logits [N, vocab_size] of the step's output rows, in the model's dtype."""
-        step = batch.step
-        output = self._module(
-            input_ids=step.token_ids[None],
-            position_ids=step.positions[None],
-            use_cache=False,
-            logits_to_keep=step.output_rows,
-            memserve_batch=batch,
-        )
-        logits: torch.Tensor = output.logits[0]
-        return logits
-
-
-class Model:
-    """A language model over paged KV. One step at a time."""
-
-    def __init__(self, spec: ModelSpec, network: Network, attention: PagedAttention) -> None:
-        self.spec = spec
-        self._network = network
-        self._attention = attention
-
-    @property
-    def attention(self) -> str:
-        """Name of the attention implementation, for the log."""
-        return self._attention.name
-
-    @torch.inference_mode()
-    def forward(self, step: StepInput, arena: torch.Tensor) -> torch.Tensor:
-        """Logits float32 [N, vocab_size] of `step.output_rows`; writes the step's K and V.
-
-        `arena` is [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim] of the spec's
-        dtype, each block contiguous.
-        """
-        return self._network.forward(self._attention.begin(step, arena)).float()
 
 
 def load_model(

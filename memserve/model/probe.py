@@ -5,17 +5,12 @@ blocks. It finds what a configuration doesn't tell: an attention that adds somet
 positions that are counted in another way, layers that look at other layers' KV.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
+from transformers import PreTrainedModel
 
+from memserve.model.model import Model
 from memserve.model.spec import ModelSpec
 from memserve.model.step import StepInput
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from memserve.model.loading import Model
 
 LENGTHS = (40, 13)
 """Tokens of the two sequences, where the model takes as many."""
@@ -34,7 +29,7 @@ def probe_sequences(spec: ModelSpec) -> list[torch.Tensor]:
 
 
 @torch.inference_mode()
-def eager_logits(module: "PreTrainedModel", sequences: list[torch.Tensor]) -> list[torch.Tensor]:
+def eager_logits(module: PreTrainedModel, sequences: list[torch.Tensor]) -> list[torch.Tensor]:
     """Logits [length, vocab] of each sequence by the model's own eager attention."""
     module.set_attn_implementation("eager")
     return [
@@ -43,7 +38,7 @@ def eager_logits(module: "PreTrainedModel", sequences: list[torch.Tensor]) -> li
 
 
 def packed_logits(
-    model: "Model", sequences: list[torch.Tensor], block_size: int
+    model: Model, sequences: list[torch.Tensor], block_size: int
 ) -> list[torch.Tensor]:
     """Logits [length, vocab] of each sequence by two packed steps over a small arena."""
     spec = model.spec
@@ -86,7 +81,7 @@ def _step(
 
 
 def disagreement(
-    model: "Model", sequences: list[torch.Tensor], expected: list[torch.Tensor], block_size: int
+    model: Model, sequences: list[torch.Tensor], expected: list[torch.Tensor], block_size: int
 ) -> str | None:
     """What is wrong with the model's packed logits, or None if they equal the expected ones."""
     dtype = getattr(torch, model.spec.dtype)

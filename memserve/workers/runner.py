@@ -9,7 +9,7 @@ from collections.abc import Sequence as Items
 import numpy as np
 import torch
 
-from memserve.model.loading import Model
+from memserve.model.model import Model
 from memserve.model.sampling import Sampled, SampleRow, sample
 from memserve.model.step import StepInput
 from memserve.workers.sequence import Sequence, Slice

@@ -12,7 +12,8 @@ from memserve.channel import receive_descriptor, send_descriptor
 from memserve.config import EngineConfig
 from memserve.errors import UsageError
 from memserve.messages import Configure, MapPeer, Ready, StartFailed
-from memserve.model.loading import Model, load_model
+from memserve.model.loading import load_model
+from memserve.model.model import Model
 from memserve.pool.arena import Arena
 from memserve.pool.generations import load_native_blocks
 from memserve.pool.mempool import MemPool

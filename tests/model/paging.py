@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from memserve.model.loading import Model
+from memserve.model.model import Model
 from memserve.model.step import StepInput
 
 TOLERANCE = 1e-4

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from memserve.model.loading import Model, load_model
+from memserve.model.loading import load_model
+from memserve.model.model import Model
 from tests.model.paging import Arena, assert_same, run_chunks, run_step
 from tests.model.tiny import ARCHITECTURES, VOCAB, WINDOW, build, save
 

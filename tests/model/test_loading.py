@@ -14,7 +14,8 @@ from memserve.errors import ModelNotFound, UnsupportedModel
 from memserve.model import loading
 from memserve.model.attention.paged import PagedAttention, PagedBatch
 from memserve.model.fused import FusedDecoder
-from memserve.model.loading import Model, Transformer, load_model
+from memserve.model.loading import load_model
+from memserve.model.model import Model, Transformer
 from memserve.model.prepared import PreparedModel
 from memserve.model.step import StepInput
 from memserve.model.support import check_config

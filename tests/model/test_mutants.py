@@ -10,7 +10,8 @@ import torch
 
 from memserve.model.attention.paged import PagedAttention, PagedBatch
 from memserve.model.fused import FusedDecoder
-from memserve.model.loading import Model, Transformer, load_model
+from memserve.model.loading import load_model
+from memserve.model.model import Model, Transformer
 from memserve.model.step import StepInput
 from tests.model.paging import Arena, assert_same, run_chunks
 from tests.model.tiny import ARCHITECTURES, VOCAB, build, save
