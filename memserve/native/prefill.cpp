@@ -9,8 +9,8 @@
 //   output [width, 16] += values [width, TOKENS] x weights [TOKENS, 16]
 // Keys and transposed values of a KV head are packed once per call for all its rows.
 //
-// A bfloat16 arena is multiplied as such on matrix tiles (AMX); without them, and for a float arena,
-// operands are float. Everything needs AVX-512: elsewhere the functions exist and
+// A bfloat16 arena is multiplied as such on matrix tiles (AMX); without them, and for a float
+// arena, operands are float. Everything needs AVX-512: elsewhere the functions exist and
 // `memserve_prefill_operands` says no.
 #include "products.h"
 
@@ -80,43 +80,6 @@ struct Block {
     int num_panels;
 };
 
-// Copies `size` elements and fills up with zeros to `width`; a null source is all zeros.
-template <class T, class E>
-void copy_row(const T* source, int size, int width, E* target) {
-    int d = 0;
-    if (source != nullptr) {
-        if constexpr (sizeof(T) == sizeof(E)) {
-            std::memcpy(target, source, size * sizeof(E));
-            d = size;
-        } else {
-            for (; d + LANES <= size; d += LANES) store(target + d, load(source + d));
-            for (; d < size; d++) target[d] = to_float(source[d]);
-        }
-    }
-    std::memset(target + d, 0, (width - d) * sizeof(E));
-}
-
-// values [width, TOKENS] from rows [TOKENS, width], which are used up.
-void pack_values(float* rows, int width, float* values) {
-    for (int t = 0; t < TOKENS; t += LANES)
-        transpose(rows + t * width, width * 4, width, values + t, TOKENS * 4);
-}
-
-[[maybe_unused]] void pack_values(bfloat16* rows, int width, bfloat16* values) {
-    alignas(64) uint32_t pairs[LANES * MAX_WIDTH];
-    for (int t = 0; t < TOKENS; t += 2 * LANES) {
-        for (int p = 0; p < LANES; p++) {
-            const bfloat16* even = rows + (t + 2 * p) * width;
-            for (int d = 0; d < width; d += LANES) {
-                const uints low = (uints)load(even + d) >> 16;
-                const uints both = low | (uints)load(even + width + d);
-                std::memcpy(pairs + p * width + d, &both, 64);
-            }
-        }
-        transpose(pairs, width * 4, width, values + t, TOKENS * 2);
-    }
-}
-
 template <class T, class E>
 void pack_tile(const Call& call, const Job& job, int tile, E* scratch) {
     const Step& step = *call.step;
@@ -134,7 +97,7 @@ void pack_tile(const Call& call, const Job& job, int tile, E* scratch) {
         copy_row(key, step.head_dim, width, keys + t * width);
         copy_row(value, step.head_dim, width, values + t * width);
     }
-    pack_values(values, width, scratch + job.values + int64_t(tile) * TOKENS * width);
+    transpose_rows(values, TOKENS, width, scratch + job.values + int64_t(tile) * TOKENS * width);
 }
 
 template <class T, class E>
@@ -288,15 +251,15 @@ void run_block(const Call& call, const Job& job, int first_row, const E* scratch
         const int begin = job.begin + tile * TOKENS;
         const int tokens = end - begin <= HALF_TILE ? HALF_TILE : TOKENS;
         const E* keys = scratch + job.keys + tile * tile_size;
-        multiply<E>({keys, width, block.query, block.scores, tokens, width,
-                           block.num_panels, false});
+        multiply<E>({keys, width, block.query, block.scores, tokens, width, block.num_panels,
+                     false});
         for (int p = 0; p < block.num_panels; p++) {
             mask(block, p, begin, tokens);
             soften(block, p, tokens, width, scale);
         }
         const E* values = scratch + job.values + tile * tile_size;
-        multiply<E>({values, TOKENS, block.weights, block.output, width, tokens,
-                           block.num_panels, true});
+        multiply<E>({values, TOKENS, block.weights, block.output, width, tokens, block.num_panels,
+                     true});
     }
     finish_block<T>(call, job, first_row, num_rows, block);
 }
@@ -390,8 +353,9 @@ int64_t memserve_prefill_scratch(const memserve::Step* step, const int32_t* sequ
     const int64_t element = step->is_bfloat16 && memserve::use_amx() ? 2 : 4;
     int64_t all = 0, largest = 0;
     for (int i = 0; i < num_sequences; i++) {
-        const int64_t tiles = (step->kv_len[sequences[i]] + memserve::TOKENS - 1) / memserve::TOKENS;
-        const int64_t job = 2 * tiles * memserve::TOKENS * call.width() * element;
+        const int64_t context = step->kv_len[sequences[i]] + memserve::TOKENS - 1;
+        const int64_t packed = context / memserve::TOKENS * memserve::TOKENS;
+        const int64_t job = 2 * packed * call.width() * element;
         all += job * step->num_kv_heads;
         largest = std::max(largest, job);
     }

@@ -24,7 +24,7 @@ struct Product {
     bool add;
 };
 
-// M lines of the result in P panels, whose sums stay in registers.
+// M lines of the result in P panels; the sums stay in registers.
 template <int M, int P>
 inline void multiply_some(const Product<float>& product, int line, int panel) {
     floats sums[M][P];
@@ -45,55 +45,59 @@ inline void multiply_some(const Product<float>& product, int line, int panel) {
         for (int p = 0; p < P; p++) store(target + (p * product.size + m) * LANES, sums[m][p]);
 }
 
-// 32 lines of the result in P panels.
 template <int P>
-inline void multiply_part(const Product<float>& product, int line, int panel) {
-    for (int m = 0; m < 32; m += 8) multiply_some<8, P>(product, line + m, panel);
+inline void multiply_panels(const Product<float>& product, int panel) {
+    for (int line = 0; line < product.size; line += 8) multiply_some<8, P>(product, line, panel);
 }
 
 #if MEMSERVE_AMX
-// 32 lines of the result in P panels: registers 0 to 3 sums, 4 and 5 left, 6 and 7 right.
-template <int P>
-inline void multiply_part(const Product<bfloat16>& product, int line, int panel) {
+// The sums over K * 32 of the depth in P panels. Registers: 0 and 1 sums, 2 and 3 left, 4 to 7 the
+// right operand, which stays: a sum of 2 x 2 tiles would load less, but waits for its stores.
+template <int P, int K>
+inline void multiply_tiles(const Product<bfloat16>& product, int panel, int start, bool add) {
     constexpr int STRIDE = LANES * sizeof(float);
     fence_tile_loads();
-    float* sums[2][2];
-    for (int m = 0; m < 2; m++)
-        for (int p = 0; p < P; p++)
-            sums[m][p] = product.sums + ((panel + p) * product.size + line + m * 16) * LANES;
-    if (product.add) {
-        _tile_loadd(0, sums[0][0], STRIDE);
-        _tile_loadd(2, sums[1][0], STRIDE);
-        if (P == 2) _tile_loadd(1, sums[0][1], STRIDE);
-        if (P == 2) _tile_loadd(3, sums[1][1], STRIDE);
-    } else {
-        _tile_zero(0);
-        _tile_zero(2);
-        if (P == 2) _tile_zero(1);
-        if (P == 2) _tile_zero(3);
-    }
+    const bfloat16* right = product.right + (panel * product.depth + start) * LANES;
+    const bfloat16* next = right + product.depth * LANES;
+    _tile_loadd(4, right, STRIDE);
+    if (K == 2) _tile_loadd(5, right + 32 * LANES, STRIDE);
+    if (P == 2) _tile_loadd(6, next, STRIDE);
+    if (P == 2 && K == 2) _tile_loadd(7, next + 32 * LANES, STRIDE);
     const int64_t left_bytes = product.left_stride * sizeof(bfloat16);
-    const bfloat16* left = product.left + line * product.left_stride;
-    const bfloat16* right = product.right + panel * product.depth * LANES;
-    for (int k = 0; k < product.depth; k += 32, left += 32, right += 32 * LANES) {
-        _tile_loadd(4, left, left_bytes);
-        _tile_loadd(6, right, STRIDE);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(5, left + 16 * product.left_stride, left_bytes);
-        _tile_dpbf16ps(2, 5, 6);
-        if (P == 2) {
-            _tile_loadd(7, right + product.depth * LANES, STRIDE);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_dpbf16ps(3, 5, 7);
+    const bfloat16* left = product.left + start;
+    float* sums = product.sums + panel * product.size * LANES;
+    float* others = sums + product.size * LANES;
+    for (int line = 0; line < product.size; line += 16) {
+        if (add) {
+            _tile_loadd(0, sums, STRIDE);
+            if (P == 2) _tile_loadd(1, others, STRIDE);
+        } else {
+            _tile_zero(0);
+            if (P == 2) _tile_zero(1);
         }
+        _tile_loadd(2, left, left_bytes);
+        _tile_dpbf16ps(0, 2, 4);
+        if (P == 2) _tile_dpbf16ps(1, 2, 6);
+        if (K == 2) _tile_loadd(3, left + 32, left_bytes);
+        if (K == 2) _tile_dpbf16ps(0, 3, 5);
+        if (P == 2 && K == 2) _tile_dpbf16ps(1, 3, 7);
+        _tile_stored(0, sums, STRIDE);
+        if (P == 2) _tile_stored(1, others, STRIDE);
+        left += 16 * product.left_stride;
+        sums += 16 * LANES;
+        others += 16 * LANES;
     }
-    _tile_stored(0, sums[0][0], STRIDE);
-    _tile_stored(2, sums[1][0], STRIDE);
-    if (P == 2) _tile_stored(1, sums[0][1], STRIDE);
-    if (P == 2) _tile_stored(3, sums[1][1], STRIDE);
+}
+
+template <int P>
+inline void multiply_panels(const Product<bfloat16>& product, int panel) {
+    int start = 0;
+    for (; start + 64 <= product.depth; start += 64)
+        multiply_tiles<P, 2>(product, panel, start, product.add || start > 0);
+    if (start < product.depth)
+        multiply_tiles<P, 1>(product, panel, start, product.add || start > 0);
 }
 #endif
-
 
 // What a thread holds while it multiplies.
 template <class E>
@@ -111,10 +115,8 @@ struct Registers<bfloat16> : Tiles {
 template <class E>
 void multiply(const Product<E>& product) {
     int panel = 0;
-    for (; panel + 2 <= product.num_panels; panel += 2)
-        for (int m = 0; m < product.size; m += 32) multiply_part<2>(product, m, panel);
-    if (panel < product.num_panels)
-        for (int m = 0; m < product.size; m += 32) multiply_part<1>(product, m, panel);
+    for (; panel + 2 <= product.num_panels; panel += 2) multiply_panels<2>(product, panel);
+    if (panel < product.num_panels) multiply_panels<1>(product, panel);
 }
 
 template <int S, size_t... L>
@@ -143,6 +145,42 @@ inline void transpose(const void* source, int64_t source_stride, int words, void
         transpose_stage<1>(rows);
         char* to = static_cast<char*>(target) + word * target_stride;
         for (int i = 0; i < LANES; i++) std::memcpy(to + i * target_stride, &rows[i], 64);
+    }
+}
+
+// Copies `size` elements and fills up with zeros to `width`; a null source is all zeros.
+template <class T, class E>
+void copy_row(const T* source, int size, int width, E* target) {
+    int d = 0;
+    if (source != nullptr) {
+        if constexpr (sizeof(T) == sizeof(E)) {
+            constexpr int VECTOR = 64 / sizeof(E);
+            for (; d + VECTOR <= size; d += VECTOR) std::memcpy(target + d, source + d, 64);
+            for (; d < size; d++) target[d] = source[d];
+        } else {
+            for (; d + LANES <= size; d += LANES) store(target + d, load(source + d));
+            for (; d < size; d++) target[d] = to_float(source[d]);
+        }
+    }
+    if (d < width) std::memset(target + d, 0, (width - d) * sizeof(E));
+}
+
+// target [width, num_rows] = source [num_rows, width]; width and num_rows are multiples of 32.
+inline void transpose_rows(const float* source, int num_rows, int width, float* target) {
+    for (int row = 0; row < num_rows; row += LANES)
+        transpose(source + row * width, width * 4, width, target + row, num_rows * 4);
+}
+
+inline void transpose_rows(const bfloat16* source, int num_rows, int width, bfloat16* target) {
+    for (int row = 0; row < num_rows; row += 2 * LANES) {
+        for (int d = 0; d < width; d += LANES) {
+            uints pairs[LANES];
+            for (int p = 0; p < LANES; p++) {
+                const bfloat16* even = source + (row + 2 * p) * width + d;
+                pairs[p] = (uints)load(even) >> 16 | (uints)load(even + width);
+            }
+            transpose(pairs, 64, LANES, target + d * num_rows + row, num_rows * 2);
+        }
     }
 }
 

@@ -24,6 +24,14 @@ def kernels() -> Kernels:
     return loaded
 
 
+@pytest.fixture(scope="module")
+def kernels_without_amx() -> Kernels:
+    loaded = load_kernels(("-mno-amx-tile", "-mno-amx-bf16"))
+    if loaded is None:
+        pytest.skip("this compiler has no AMX to leave out")
+    return loaded
+
+
 @pytest.fixture(params=[1, 2], ids=["1-thread", "2-threads"])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()
@@ -237,6 +245,30 @@ def test_rows_are_read_and_written_with_their_strides(kernels: Kernels) -> None:
     batch.attend(LAYER, joint[:, :width], output, scale=case.scale, window=None)
     assert_near(output.view_as(case.want), case.want)
     assert bool(joint[:, width:].isnan().all())
+
+
+@pytest.mark.parametrize("head_dim", [24, 64])
+@pytest.mark.parametrize("window", [None, 50])
+def test_a_bfloat16_arena_is_served_without_matrix_tiles(
+    kernels_without_amx: Kernels, window: int | None, head_dim: int
+) -> None:
+    assert kernels_without_amx.prefill_operands != PrefillOperands.BFLOAT16
+    case = build([(100, 90), (0, 33)], head_dim=head_dim, window=window)
+    assert_near(prefill(case, kernels_without_amx, window), case.want)
+
+
+def test_a_cpu_without_avx512_serves_long_chunks_by_gathering(
+    monkeypatch: pytest.MonkeyPatch, kernels: Kernels
+) -> None:
+    monkeypatch.setattr(kernels, "prefill_operands", PrefillOperands.NONE)
+    monkeypatch.setattr(kernels, "prefill", None)
+    case = build([(100, 90), (20, 1), (0, 33)])
+    attention = PagedAttention(kernels, num_query_heads=6, windows=[None] * LAYERS)
+    assert attention.name == "cpu-native+sdpa"
+    output = torch.full_like(case.query, math.nan)
+    batch = attention.begin(case.step, case.arena)
+    batch.attend(LAYER, case.query.flatten(1), output.flatten(1), scale=case.scale, window=None)
+    assert_near(output, case.want)
 
 
 def test_a_mistake_of_one_token_exceeds_the_tolerance() -> None:

@@ -7,6 +7,7 @@ and `torch.set_num_threads` governs these kernels too.
 
 import ctypes
 import logging
+from collections.abc import Sequence
 from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 from enum import IntEnum
 from pathlib import Path
@@ -96,11 +97,14 @@ class Kernels:
             function.restype = None
 
 
-def load_kernels() -> Kernels | None:
-    """The compiled kernels, or None (with the reason in the log)."""
+def load_kernels(extra_flags: Sequence[str] = ()) -> Kernels | None:
+    """The compiled kernels, or None (with the reason in the log).
+
+    `extra_flags` for the compiler, e.g. to leave out what this CPU has and others haven't.
+    """
     bundled = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
     bundled += sorted((Path(torch.__file__).parent.parent / "torch.libs").glob("libgomp*.so*"))
-    flags = ("-std=c++17", "-fopenmp", "-fno-math-errno")
+    flags = ("-std=c++17", "-fopenmp", "-fno-math-errno", *extra_flags)
     library = load_library("kernels", SOURCES, flags=flags, libraries=bundled[:1])
     return None if library is None else Kernels(library)
 
