@@ -264,7 +264,7 @@ def test_a_cpu_without_avx512_serves_long_chunks_by_gathering(
     monkeypatch.setattr(kernels, "prefill", None)
     case = build([(100, 90), (20, 1), (0, 33)])
     attention = PagedAttention(kernels, num_query_heads=6, windows=[None] * LAYERS)
-    assert attention.name == "cpu-native+sdpa"
+    assert attention.long_chunks == "sdpa"
     output = torch.full_like(case.query, math.nan)
     batch = attention.begin(case.step, case.arena)
     batch.attend(LAYER, case.query.flatten(1), output.flatten(1), scale=case.scale, window=None)

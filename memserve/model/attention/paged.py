@@ -2,8 +2,9 @@
 
 `PagedAttention` lives as long as the model and holds what steps share; `begin` returns a
 `PagedBatch`, which lives for one step and serves all its layers. Decode and short chunks go to a
-C++ kernel that reads each key once for all heads, long chunks to one made of matrix products. A CPU
-without AVX-512 has gather + SDPA for long chunks; without a compiler it serves everything.
+C++ kernel that reads each key once for all heads, long chunks in bfloat16 to one made of matrix
+products. Long chunks in float32, or on a CPU without AVX-512, go to gather + SDPA; without a
+compiler everything does.
 """
 
 import ctypes
@@ -47,19 +48,26 @@ class PagedAttention:
         self._scratch = torch.empty(0, dtype=torch.uint8)
         if kernels is None:
             log.warning("no compiled attention kernel: grouped SDPA serves every step, slower")
+        else:
+            log.info("long chunks in bfloat16 are multiplied by %s", self.long_chunks)
 
     @property
     def name(self) -> str:
-        """For the log: which implementation attends, and with what on long chunks."""
+        """For the log: which implementation attends."""
+        return "cpu-sdpa" if self.kernels is None else "cpu-native"
+
+    @property
+    def long_chunks(self) -> str:
+        """For the log: what multiplies the long chunks of a bfloat16 model."""
         if self.kernels is None:
-            return "cpu-sdpa"
+            return "sdpa"
         match self.kernels.prefill_operands:
             case PrefillOperands.BFLOAT16:
-                return "cpu-native+amx"
+                return "amx"
             case PrefillOperands.FLOAT32:
-                return "cpu-native+avx512"
+                return "avx512"
             case PrefillOperands.NONE:
-                return "cpu-native+sdpa"
+                return "sdpa"
 
     def scratch(self, size: int) -> torch.Tensor:
         """Kept memory of at least `size` bytes; new memory would cost page faults at each step."""
@@ -235,8 +243,13 @@ class PagedBatch:
 
 
 def can_prefill(kernels: Kernels, arena: torch.Tensor) -> bool:
-    """Whether the kernel for long chunks serves this arena here."""
-    return kernels.prefill_operands != PrefillOperands.NONE and arena.shape[5] <= MAX_HEAD_DIM
+    """Whether the kernel for long chunks serves this arena here.
+
+    It could serve float32, too, and faster than SDPA. But float32 is there to be compared with
+    transformers, to 1e-4 of a logit, where another rounding of equal quality may exceed that.
+    """
+    fits = arena.dtype == torch.bfloat16 and arena.shape[5] <= MAX_HEAD_DIM
+    return fits and kernels.prefill_operands != PrefillOperands.NONE
 
 
 def long_chunk(kernels: Kernels | None, arena: torch.Tensor, num_query_heads: int) -> int:
@@ -244,7 +257,7 @@ def long_chunk(kernels: Kernels | None, arena: torch.Tensor, num_query_heads: in
     if kernels is None:
         return 0
     on_tiles = kernels.prefill_operands == PrefillOperands.BFLOAT16
-    if on_tiles and arena.dtype == torch.bfloat16 and can_prefill(kernels, arena):
+    if on_tiles and can_prefill(kernels, arena):
         group = num_query_heads // arena.shape[4]
         return max(2, -(-LONG_CHUNK_ROWS // group))
     return LONG_CHUNK
