@@ -5,14 +5,19 @@ are path-compressed: an edge holds the bytes of many blocks' tokens and one valu
 a lookup compares long slices. Trees of different cache salts share nothing. A block is used
 whenever a call walks over it; a value leaves only after all values that continue its prefix.
 
-Knows neither memory nor processes: values are whatever the owner keeps per block. No torch here.
-Single-threaded.
+Values stand on levels, 0 being the fastest memory: along a prefix the level never falls. Each level
+has its own order of use. A value moves to a slower level only after all that continue it, and to a
+faster one only when all before it are there.
+
+Knows neither memory nor processes: values are whatever the owner keeps per block; where there are
+several levels, each value stands in the index at most once. No torch here. Single-threaded.
 """
 
 from array import array
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Generic, TypeVar
+
+from memserve.pool.tree import Edge, EdgeTree
 
 Tokens = bytes | Sequence[int]
 """Token ids, or what `pack_tokens` made of them."""
@@ -34,61 +39,40 @@ def pack_tokens(tokens: Tokens) -> bytes:
     return array("i", tokens).tobytes()
 
 
-class _Edge(Generic[V]):
-    """A run of blocks without a branch inside; a root is an edge without blocks."""
-
-    __slots__ = ("children", "key", "parent", "salt", "values")
-
-    def __init__(self, key: bytes, values: list[V], parent: "_Edge[V] | None", salt: str) -> None:
-        self.key = key  # int32 token bytes of len(values) blocks
-        self.values = values
-        self.parent = parent
-        self.salt = salt
-        self.children: dict[bytes, _Edge[V]] = {}  # by the tokens of the child's first block
-
-
 class RadixIndex(Generic[V]):
     """Longest cached whole-block prefix of a token sequence, and one value for each of its blocks.
 
     `len()` is the number of values held.
     """
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, num_levels: int = 1) -> None:
         if block_size < 1:
             raise ValueError(f"block_size must be positive, not {block_size}")
         self.block_size = block_size
         self._stride = block_size * TOKEN_BYTES
-        self._roots: dict[str, _Edge[V]] = {}
-        # Least recently used first, and every edge before its parent: a use moves an edge to the
-        # end before it moves the parent there. So the first edge is always a leaf.
-        self._order: OrderedDict[_Edge[V], None] = OrderedDict()
-        self._size = 0
+        self._tree: EdgeTree[V] = EdgeTree(self._stride, num_levels)
 
     def __len__(self) -> int:
-        return self._size
+        return self._tree.size
 
     def match(self, tokens: Tokens, salt: str = "", *, touch: bool = True) -> list[V]:
         """The values of the longest cached whole-block prefix of `tokens`.
 
         With `touch` its blocks count as used now; without, nothing changes.
         """
-        root = self._roots.get(salt)
-        if root is None:
-            return []
-        path, partial, _ = self._walk(root, pack_tokens(tokens))
-        values: list[V] = []
-        for edge in path:
-            values += edge.values
-        if partial:
-            del values[len(values) - len(path[-1].values) + partial :]
+        path, partial, _ = self._walk(self._tree.root(salt), pack_tokens(tokens))
+        values = self._held(path, partial)
         if touch and path:
-            self._touch(self._split(path[-1], partial) if partial else path[-1])
+            self._tree.touch(self._tree.split(path[-1], partial) if partial else path[-1])
         return values
 
-    def insert(self, tokens: Tokens, values: Sequence[V], salt: str = "") -> list[V]:
+    def insert(
+        self, tokens: Tokens, values: Sequence[V], salt: str = "", *, level: int = 0
+    ) -> list[V]:
         """Hold `values[i]` for block i of `tokens` wherever no value is held yet.
 
         Covers the first `len(values)` whole blocks of `tokens`, or all of them if there are fewer.
+        New values stand on `level`, which must not be faster than what is held for their prefix.
         Returns the values now held for these blocks: those held before stay and come first.
         """
         packed = pack_tokens(tokens)
@@ -96,19 +80,16 @@ class RadixIndex(Generic[V]):
         if num_blocks == 0:
             return []
         packed = packed[: num_blocks * self._stride]
-        root = self._roots.setdefault(salt, _Edge(b"", [], None, salt))
+        root = self._tree.root(salt)
         path, partial, offset = self._walk(root, packed)
-        held: list[V] = []
-        for edge in path:
-            held += edge.values
+        held = self._held(path, partial)
         last = path[-1] if path else root
         if partial:
-            del held[len(held) - len(last.values) + partial :]
-            last = self._split(last, partial)
+            last = self._tree.split(last, partial)
         new_values = list(values[len(held) : num_blocks])
         if new_values:
-            last = self._grow(last, packed[offset:], new_values)
-        self._touch(last)
+            last = self._tree.grow(last, packed[offset:], new_values, level)
+        self._tree.touch(last)
         return held + new_values
 
     def delete(self, tokens: Tokens, salt: str = "") -> list[V]:
@@ -118,52 +99,76 @@ class RadixIndex(Generic[V]):
         another sequence goes on.
         """
         packed = pack_tokens(tokens)
-        root = self._roots.get(salt)
-        if root is None or len(packed) < self._stride:
-            return []
-        path, partial, offset = self._walk(root, packed)
+        path, partial, offset = self._walk(self._tree.root(salt), packed)
         if not path:
             return []
         last = path[-1]
         complete = offset == len(packed) - len(packed) % self._stride
         if not complete and (partial or last.children):
             return []
-        dropped = self._drop_subtree(last)
         parent = last.parent
+        dropped = self._tree.drop(last.subtree())
         while parent is not None and parent.parent is not None and not parent.children:
             dropped += parent.values
-            parent = self._remove(parent)
+            parent = self._tree.remove(parent)
         return dropped
 
     def evict(
-        self, num_values: int, evictable: Callable[[V], bool], *, partial: bool = False
+        self,
+        num_values: int,
+        evictable: Callable[[V], bool],
+        *,
+        partial: bool = False,
+        level: int = 0,
     ) -> list[V]:
-        """Remove the `num_values` least recently used values, leaves first, and return them.
+        """Remove the `num_values` least recently used values of a level, leaves first.
 
-        A value goes only if `evictable` allows it and no value continues its prefix any more. If
-        fewer can go, none goes, unless `partial` asks for as many as can. Values that may not go
-        are in use: they count as used now.
+        A value goes only if `evictable` allows it and no value of its level continues its prefix any
+        more; those on slower levels that continue it go with it, if all of them may, beyond the
+        number asked. If fewer can go, none goes, unless `partial` asks for as many as can. Values
+        that may not go are in use: they count as used now. Returns all values removed.
         """
-        plan, kept, found = self._plan_eviction(num_values, evictable)
+        plan, kept, found = self._plan(num_values, evictable, level, with_slower=True)
         if found < num_values and not partial:
             return []
         evicted: list[V] = []
         for edge, count in plan:
-            keep = len(edge.values) - count
-            evicted += reversed(edge.values[keep:])
-            if keep:
-                del edge.values[keep:]
-                edge.key = edge.key[: keep * self._stride]
-                self._size -= count
-            else:
-                self._remove(edge)
+            evicted += self._tree.drop(edge.subtree()[1:])
+            evicted += self._tree.cut(edge, count)
         for edge in kept:
-            self._touch(edge)
+            self._tree.touch(edge)
         return evicted
+
+    def coldest(self, num_values: int, eligible: Callable[[V], bool], level: int = 0) -> list[V]:
+        """Up to `num_values` least recently used values of a level, leaves first; all stay.
+
+        A value is among them only if all values of its level that continue it are.
+        """
+        plan, _, _ = self._plan(num_values, eligible, level, with_slower=False)
+        return [value for edge, count in plan for value in edge.values[: -count - 1 : -1]]
+
+    def move(self, new_by_old: Mapping[V, V], level: int) -> list[V]:
+        """Give blocks a new value on another level, as far as levels then never fall along a prefix.
+
+        Returns the old values that left. To a slower level the last blocks of a prefix go first,
+        and the order of use of those that stay is kept; blocks that come to a faster level count as
+        used now.
+        """
+        found = {edge for old in new_by_old if (edge := self._tree.edge_by_value.get(old))}
+        edges = sorted(found, key=lambda edge: edge.depth)
+        moved: list[V] = []
+        for edge in reversed(edges):
+            if edge.level < level:
+                moved += self._demote(edge, new_by_old, level)
+        for edge in edges:
+            if edge.level > level:
+                moved += self._promote(edge, new_by_old, level)
+        return moved
 
     def __iter__(self) -> Iterator[tuple[str, bytes, V]]:
         """Each value with its salt and the packed tokens of the whole prefix that it ends."""
-        pending = [(edge, b"") for root in self._roots.values() for edge in root.children.values()]
+        roots = self._tree.roots.values()
+        pending = [(edge, b"") for root in roots for edge in root.children.values()]
         while pending:
             edge, prefix = pending.pop()
             for i, value in enumerate(edge.values, start=1):
@@ -173,33 +178,9 @@ class RadixIndex(Generic[V]):
 
     def audit(self) -> list[str]:
         """Recount from scratch; what is wrong with the tree, in words."""
-        problems = []
-        position = {edge: i for i, edge in enumerate(self._order)}
-        pending = [edge for root in self._roots.values() for edge in root.children.values()]
-        size = num_edges = 0
-        while pending:
-            edge = pending.pop()
-            size += len(edge.values)
-            num_edges += 1
-            if not edge.values or len(edge.key) != len(edge.values) * self._stride:
-                problems.append("an edge's tokens and values disagree in number")
-            if edge not in position:
-                problems.append("an edge is missing in the order of use")
-            for first, child in edge.children.items():
-                if not child.key.startswith(first) or child.parent is not edge:
-                    problems.append("an edge hangs in the wrong place")
-                if position.get(child, 0) > position.get(edge, 0):
-                    problems.append("an edge counts as used before what continues it")
-            pending += edge.children.values()
-        if size != self._size:
-            problems.append(f"{self._size} values counted, {size} held")
-        if num_edges != len(self._order):
-            problems.append(f"{len(self._order)} edges ordered, {num_edges} in the tree")
-        if any(not root.children for root in self._roots.values()):
-            problems.append("a salt without blocks is kept")
-        return problems
+        return self._tree.audit()
 
-    def _walk(self, root: _Edge[V], packed: bytes) -> tuple[list[_Edge[V]], int, int]:
+    def _walk(self, root: Edge[V], packed: bytes) -> tuple[list[Edge[V]], int, int]:
         """Edges from the root along `packed`, and where the common prefix ends.
 
         The second value is the number of blocks in common with the last edge if that is not all
@@ -228,78 +209,76 @@ class RadixIndex(Generic[V]):
                 high = middle - 1
         return low
 
-    def _split(self, edge: _Edge[V], num_blocks: int) -> _Edge[V]:
-        """Cut `edge` after `num_blocks`; returns the upper part, which the caller must touch."""
-        assert edge.parent is not None
-        cut = num_blocks * self._stride
-        upper = _Edge(edge.key[:cut], edge.values[:num_blocks], edge.parent, edge.salt)
-        edge.parent.children[edge.key[: self._stride]] = upper
-        edge.key, edge.values, edge.parent = edge.key[cut:], edge.values[num_blocks:], upper
-        upper.children[edge.key[: self._stride]] = edge
-        self._order[upper] = None
-        return upper
+    def _held(self, path: list[Edge[V]], partial: int) -> list[V]:
+        """The values along a walk."""
+        held: list[V] = []
+        for edge in path:
+            held += edge.values
+        if partial:
+            del held[len(held) - len(path[-1].values) + partial :]
+        return held
 
-    def _grow(self, edge: _Edge[V], key: bytes, values: list[V]) -> _Edge[V]:
-        """Hang new blocks below `edge`: a leaf grows longer, another edge gets a child."""
-        self._size += len(values)
-        if edge.parent is not None and not edge.children:
-            edge.key += key
-            edge.values += values
-            return edge
-        child = _Edge(key, values, edge, edge.salt)
-        edge.children[key[: self._stride]] = child
-        self._order[child] = None
-        return child
+    def _demote(self, edge: Edge[V], new_by_old: Mapping[V, V], level: int) -> list[V]:
+        """Move as much of the end of `edge` as is asked for, if nothing faster continues it."""
+        if any(child.level < level for child in edge.children.values()):
+            return []
+        start = len(edge.values)
+        while start and edge.values[start - 1] in new_by_old:
+            start -= 1
+        moved = edge.values[start:]
+        if not moved:
+            return []
+        if start:
+            # What stays is as cold as it was: nothing on its level continues it now, and what
+            # leaves was the coldest of that level.
+            upper = self._tree.split(edge, start)
+            self._tree.orders[upper.level].move_to_end(upper, last=False)
+        self._tree.replace(edge, [new_by_old[old] for old in moved])
+        self._tree.set_level(edge, level)
+        self._tree.join(edge)
+        return moved
 
-    def _touch(self, edge: _Edge[V]) -> None:
-        """`edge` and all above it are used now."""
-        step: _Edge[V] | None = edge
-        while step is not None and step.parent is not None:
-            self._order.move_to_end(step)
-            step = step.parent
-
-    def _remove(self, edge: _Edge[V]) -> _Edge[V]:
-        """Take an edge without children out of the tree; returns its parent."""
+    def _promote(self, edge: Edge[V], new_by_old: Mapping[V, V], level: int) -> list[V]:
+        """Move as much of the start of `edge` as is asked for, if all before it is there."""
         parent = edge.parent
         assert parent is not None
-        assert not edge.children
-        del parent.children[edge.key[: self._stride]]
-        del self._order[edge]
-        self._size -= len(edge.values)
-        if parent.parent is None and not parent.children:
-            del self._roots[parent.salt]
-        return parent
+        if parent.level > level:
+            return []
+        end = 0
+        while end < len(edge.values) and edge.values[end] in new_by_old:
+            end += 1
+        moved = edge.values[:end]
+        if not moved:
+            return []
+        upper = self._tree.split(edge, end) if end < len(edge.values) else edge
+        self._tree.replace(upper, [new_by_old[old] for old in moved])
+        self._tree.set_level(upper, level)
+        self._tree.touch(upper)
+        self._tree.join(parent)
+        return moved
 
-    def _drop_subtree(self, top: _Edge[V]) -> list[V]:
-        edges = [top]
-        for edge in edges:
-            edges += edge.children.values()
-        dropped: list[V] = []
-        for edge in reversed(edges):
-            dropped += edge.values
-            self._remove(edge)
-        return dropped
+    def _plan(
+        self, num_values: int, eligible: Callable[[V], bool], level: int, *, with_slower: bool
+    ) -> tuple[list[tuple[Edge[V], int]], list[Edge[V]], int]:
+        """How many values to take off the end of which edges, and the leaves that must stay.
 
-    def _plan_eviction(
-        self, num_values: int, evictable: Callable[[V], bool]
-    ) -> tuple[list[tuple[_Edge[V], int]], list[_Edge[V]], int]:
-        """How many values to cut off the end of which edges, and the leaves that must stay.
-
-        One pass is enough, since every edge comes before its parent.
+        One pass is enough, since every edge comes before its parent. `with_slower`: what continues
+        an edge on slower levels must be eligible too.
         """
-        plan: list[tuple[_Edge[V], int]] = []
-        kept: list[_Edge[V]] = []
-        num_gone: dict[_Edge[V], int] = {}  # children planned away, by parent
+        plan: list[tuple[Edge[V], int]] = []
+        kept: list[Edge[V]] = []
+        num_gone: dict[Edge[V], int] = {}  # children planned away, by parent
         found = 0
-        for edge in self._order:
+        for edge in self._tree.orders[level]:
             if found >= num_values:
                 break
-            if len(edge.children) > num_gone.get(edge, 0):
+            if edge.num_beside > num_gone.get(edge, 0):
                 continue
             wanted = min(num_values - found, len(edge.values))
             count = 0
-            while count < wanted and evictable(edge.values[-1 - count]):
-                count += 1
+            if not with_slower or self._slower_may_go(edge, eligible):
+                while count < wanted and eligible(edge.values[-1 - count]):
+                    count += 1
             if count:
                 plan.append((edge, count))
                 found += count
@@ -309,3 +288,9 @@ class RadixIndex(Generic[V]):
             elif count < wanted:
                 kept.append(edge)
         return plan, kept, found
+
+    def _slower_may_go(self, edge: Edge[V], eligible: Callable[[V], bool]) -> bool:
+        if len(edge.children) == edge.num_beside:
+            return True
+        slower = (child for child in edge.children.values() if child.level > edge.level)
+        return all(eligible(v) for child in slower for e in child.subtree() for v in e.values)

@@ -188,3 +188,13 @@ def test_values_in_use_are_looked_at_once_and_not_again_at_every_eviction() -> N
     looked_at.clear()
     assert index.evict(2, evictable) == [51, 52]
     assert looked_at == [51, 52]
+
+
+def test_values_on_one_level_need_not_differ() -> None:
+    index: RadixIndex[None] = RadixIndex(1)
+    index.insert([1, 2, 3], [None, None, None])
+    index.insert([1, 4], [None, None])
+    assert len(index) == 4
+    assert index.audit() == []
+    assert index.evict(2, lambda _: True) == [None, None]
+    assert len(index) == 2
