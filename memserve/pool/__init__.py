@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from memserve.pool.blocks import BlockAllocator
     from memserve.pool.generations import NativeBlocks, load_native_blocks
     from memserve.pool.index import RadixIndex, pack_tokens
-    from memserve.pool.mempool import Match, MemPool, PoolStats
-    from memserve.pool.refs import ArenaDescriptor, ArenaLayout, BlockRef, Tier
+    from memserve.pool.mempool import MemPool, PoolStats
+    from memserve.pool.pending import Match, Swap
+    from memserve.pool.refs import ArenaDescriptor, ArenaLayout, BlockRef, Tier, TierStats
     from memserve.pool.transfer import Transfer
     from memserve.pool.transfer.memfd import MemfdTransfer
 
@@ -29,7 +30,9 @@ __all__ = [
     "NativeBlocks",
     "PoolStats",
     "RadixIndex",
+    "Swap",
     "Tier",
+    "TierStats",
     "Transfer",
     "load_native_blocks",
     "pack_tokens",
@@ -42,13 +45,15 @@ _MODULE_BY_NAME = {
     "load_native_blocks": "generations",
     "RadixIndex": "index",
     "pack_tokens": "index",
-    "Match": "mempool",
     "MemPool": "mempool",
     "PoolStats": "mempool",
+    "Match": "pending",
+    "Swap": "pending",
     "ArenaDescriptor": "refs",
     "ArenaLayout": "refs",
     "BlockRef": "refs",
     "Tier": "refs",
+    "TierStats": "refs",
     "Transfer": "transfer",
     "MemfdTransfer": "transfer.memfd",
 }

@@ -84,7 +84,7 @@ class BlockAllocator:
 
     def release(self, blocks: Sequence[int]) -> None:
         """One reference less for each entry of `blocks`."""
-        self._require_counted(blocks, self._references, "a reference to")
+        self.require_references(blocks)
         references, indexed, lost = self._references, self._indexed, []
         for block in blocks:
             references[block] -= 1
@@ -98,12 +98,7 @@ class BlockAllocator:
 
     def index(self, blocks: Sequence[int]) -> None:
         """The index keeps these referenced blocks from now on; each at most once."""
-        if len(set(blocks)) != len(blocks):
-            raise PoolError("a block can't stand twice in the index")
-        for block in blocks:
-            if self._references[block] == 0 or self._indexed[block]:
-                state = "already indexed" if self._indexed[block] else "not held by its caller"
-                raise PoolError(f"block {block} can't be indexed: it is {state}")
+        self.require_indexable(blocks)
         for block in blocks:
             self._indexed[block] = 1
         self.num_indexed += len(blocks)
@@ -132,7 +127,7 @@ class BlockAllocator:
 
     def end_io(self, blocks: Sequence[int]) -> None:
         """That copy or step has completed; blocks that nothing else keeps are free now."""
-        self._require_counted(blocks, self._in_flight, "anything in flight on")
+        self.require_in_flight(blocks)
         for block in blocks:
             self._in_flight[block] -= 1
             if self._in_flight[block] == 0:
@@ -175,6 +170,25 @@ class BlockAllocator:
                 raise PoolError(f"there is no block {block} (the arena has {self.num_blocks})")
             if not self._references[block] and not self._indexed[block]:
                 raise PoolError(f"block {block} holds no content")
+
+    def require_references(self, blocks: Sequence[int]) -> None:
+        """PoolError unless somebody holds each of these blocks, as often as it stands here."""
+        self._require_counted(blocks, self._references, "a reference to")
+
+    def require_in_flight(self, blocks: Sequence[int]) -> None:
+        """PoolError unless a copy or step touches each of these, as often as it stands here."""
+        self._require_counted(blocks, self._in_flight, "anything in flight on")
+
+    def require_indexable(self, blocks: Sequence[int]) -> None:
+        """PoolError unless each of these blocks is held and not indexed, and stands here once."""
+        if len(set(blocks)) != len(blocks):
+            raise PoolError("a block can't stand twice in the index")
+        for block in blocks:
+            if not 0 <= block < self.num_blocks:
+                raise PoolError(f"there is no block {block} (the arena has {self.num_blocks})")
+            if self._references[block] == 0 or self._indexed[block]:
+                state = "already indexed" if self._indexed[block] else "not held by its caller"
+                raise PoolError(f"block {block} can't be indexed: it is {state}")
 
     def _require_counted(self, blocks: Sequence[int], counts: Sequence[int], what: str) -> None:
         distinct = set(blocks)

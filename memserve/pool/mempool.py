@@ -1,45 +1,52 @@
 """MemPool: the elastic memory of one instance, by the paper's local calls (Table 1).
 
 Contract: active KV (referenced by a request) and historical KV (kept by the index for reuse) share
-one arena without a fixed split; a block may be both. `alloc_mem` evicts historical blocks, least
-recently used first, when no free ones are left; a block that anybody holds, that a match has
-pinned, or that is in flight is never a victim.
+one arena without a fixed split; a block may be both. There may be a second arena, the DRAM tier, for
+history that HBM has no room for.
+
+A block is named by a number: those of HBM are the arena's own, from 0 on, and those of DRAM follow
+(`tier_of`, `place`). Along a cached prefix, blocks in HBM come before blocks in DRAM.
 
 - `alloc_mem`, `match` and `retain` take references; each ends with one `free_mem`. A match is
   released on leaving its `with` block unless it was committed, which makes its references the
-  caller's.
+  caller's. `alloc_mem` evicts historical blocks of its tier, least recently used first, when no free
+  ones are left; a block that anybody holds, that a match has pinned, or that is in flight is never
+  a victim.
 - `insert` lends blocks to the index; the caller keeps its own references until it frees them. The
   content must be complete: every token's K and V of the inserted blocks is written.
+- `swap_out` and `swap_in` choose blocks and room and return a `Swap`; the caller copies the bytes and
+  commits, or rolls back.
 - `begin_io` and `end_io` bracket every copy and every launched step that may touch a block,
   whoever runs it: the block is not allocated again in between, whatever becomes of its request.
 - When a block loses its content its generation changes, before it can be allocated again: a
   reference that somebody still holds to it names nothing any more.
 
 A call that raises has changed nothing. Single-threaded: the engine's main loop owns the pool; a
-copy thread reports to the loop, which calls `end_io`. This class moves no bytes and knows no
-tensor; other instances, other tiers and swapping are not its business.
+copy thread reports to the loop, which settles. This class moves no bytes and knows no tensor; other
+instances are not its business.
 """
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import TracebackType
-from typing import Self, final
+from dataclasses import dataclass
+from typing import final
 
 import msgspec
 
 from memserve.errors import OutOfBlocks, PoolError
-from memserve.pool.blocks import BlockAllocator
 from memserve.pool.generations import GenerationTable
 from memserve.pool.index import RadixIndex, Tokens, pack_tokens
-from memserve.pool.refs import ArenaDescriptor, BlockRef
+from memserve.pool.pending import Match, Swap
+from memserve.pool.refs import ArenaDescriptor, BlockRef, Tier, TierStats
+from memserve.pool.tiers import TieredBlocks, TierMemory
 
 Holdings = Mapping[str, Sequence[int]]
 """Blocks by the name of who holds them; a block held twice stands twice."""
 
 
 class PoolStats(msgspec.Struct, frozen=True):
-    """Blocks by state (a block may be active, historical and in flight at once), and totals."""
+    """Blocks of HBM by state (a block may be active, historical and in flight at once), and totals."""
 
     total: int
     free: int
@@ -47,85 +54,88 @@ class PoolStats(msgspec.Struct, frozen=True):
     historical: int
     in_flight: int
     evictions: int
+    """Historical blocks that left the pool to make room, on either tier."""
     hit_tokens: int
     queried_tokens: int
+    dram: TierStats | None = None
+    swapped_out: int = 0
+    swapped_in: int = 0
 
 
-@final
-class Match:
-    """The cached blocks of a prompt's longest whole-block prefix, pinned until released.
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """A `TierMemory` of its two parts."""
 
-    A context manager: leaving it releases the blocks unless `commit` made them the caller's.
-    """
-
-    def __init__(self, pool: "MemPool", blocks: list[int]) -> None:
-        self.blocks = blocks
-        self._pool = pool
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens whose K and V these blocks hold."""
-        return len(self.blocks) * self._pool.block_size
-
-    def commit(self) -> list[int]:
-        """Hand the references to the caller, who ends them with `MemPool.free_mem`."""
-        self._pool.settle(self)
-        return self.blocks
-
-    def release(self) -> None:
-        """Unpin the blocks; nothing happens if they were committed or released before."""
-        if self._pool.is_open(self):
-            self._pool.settle(self)
-            self._pool.free_mem(self.blocks)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.release()
+    descriptor: ArenaDescriptor
+    generations: GenerationTable
 
 
 @final
 class MemPool:
-    """Allocation, prefix index and references of one arena; see the module for the contract."""
+    """Allocation, prefix index and references of one instance; see the module for the contract."""
 
-    def __init__(self, descriptor: ArenaDescriptor, generations: GenerationTable) -> None:
+    def __init__(
+        self,
+        descriptor: ArenaDescriptor,
+        generations: GenerationTable,
+        *,
+        dram: TierMemory | None = None,
+    ) -> None:
         self.descriptor = descriptor
         self.block_size = descriptor.layout.block_size
-        self._generations = generations
-        self._blocks = BlockAllocator(descriptor.layout.num_blocks, generations.bump)
-        self._index: RadixIndex[int] = RadixIndex(self.block_size)
+        self._blocks = TieredBlocks(_Memory(descriptor, generations), dram)
+        self._index: RadixIndex[int] = RadixIndex(self.block_size, num_levels=len(Tier))
         self._open_matches: set[Match] = set()
+        self._open_swaps: set[Swap] = set()
         self._evictions = self._hit_tokens = self._queried_tokens = 0
+        self._num_swapped = dict.fromkeys(Tier, 0)
+
+    @property
+    def num_free(self) -> int:
+        """Blocks of HBM that can be had without evicting anything."""
+        return self._blocks.of(Tier.HBM).num_free
 
     @property
     def num_available(self) -> int:
-        """Blocks that are free or that eviction can free; an upper bound on one `alloc_mem`."""
-        return self._blocks.num_free + self._blocks.num_idle
+        """Blocks of HBM that are free or that eviction can free; bounds one `alloc_mem`."""
+        hbm = self._blocks.of(Tier.HBM)
+        return hbm.num_free + hbm.num_idle
 
-    def alloc_mem(self, num_blocks: int) -> list[int]:
+    @property
+    def num_leaving(self) -> int:
+        """Blocks of HBM that the swaps under way are to free."""
+        return sum(len(swap.sources) for swap in self._open_swaps if swap.to is Tier.DRAM)
+
+    @property
+    def has_dram(self) -> bool:
+        """Whether there is a DRAM tier."""
+        return self._blocks.of(Tier.DRAM).num_blocks > 0
+
+    def tier_of(self, block: int) -> Tier:
+        """Where this block lies."""
+        return self._blocks.tier_of(block)
+
+    def place(self, block: int) -> int:
+        """The number of this block in the arena of its tier."""
+        return self._blocks.place(block)
+
+    def is_in_flight(self, block: int) -> bool:
+        """Whether a copy or a launched step still touches this block."""
+        return self._blocks.num_io(block) > 0
+
+    def alloc_mem(self, num_blocks: int, tier: Tier = Tier.HBM) -> list[int]:
         """`num_blocks` blocks for the caller to write, evicting historical ones if need be.
 
         Their content is undefined. Raises OutOfBlocks if even eviction can't yield so many.
         """
-        missing = num_blocks - self._blocks.num_free
-        if missing > 0:
-            victims: list[int] = []
-            if missing <= self._blocks.num_idle:
-                victims = self._index.evict(missing, self._blocks.is_idle)
-            if not victims:
-                raise OutOfBlocks(
-                    f"{num_blocks} blocks wanted, {self._blocks.num_free} free and "
-                    f"at most {self._blocks.num_idle} evictable of {self._blocks.num_blocks}"
-                )
-            self._blocks.unindex(victims)
-            self._evictions += len(victims)
-        return self._blocks.allocate(num_blocks)
+        books = self._blocks.of(tier)
+        missing = num_blocks - books.num_free
+        if missing > 0 and (missing > books.num_idle or not self._evict(missing, tier)):
+            raise OutOfBlocks(
+                f"{num_blocks} blocks wanted, {books.num_free} free and "
+                f"at most {books.num_idle} evictable of {books.num_blocks} in {tier.name}"
+            )
+        return self._blocks.allocate(num_blocks, tier)
 
     def free_mem(self, blocks: Sequence[int]) -> None:
         """End one reference to each entry; what the index keeps stays reusable."""
@@ -135,14 +145,16 @@ class MemPool:
         """One more reference to each block: for a lease, or to share a prefix between choices."""
         self._blocks.acquire(blocks)
 
-    def match(self, tokens: Tokens, salt: str = "") -> Match:
-        """Pin the longest cached whole-block prefix of `tokens`.
+    def match(self, tokens: Tokens, salt: str = "", *, deepest: Tier = Tier.DRAM) -> Match:
+        """Pin the longest cached whole-block prefix of `tokens`, down to the tier `deepest`.
 
         Leave out the last token of a prompt, since one must always be computed. Prompts of
         different `salt` share nothing.
         """
         packed = pack_tokens(tokens)
         blocks = self._index.match(packed, salt)
+        if self.has_dram and deepest is Tier.HBM:
+            blocks = [block for block in blocks if self.tier_of(block) is Tier.HBM]
         self._blocks.acquire(blocks)
         match = Match(self, blocks)
         self._open_matches.add(match)
@@ -153,8 +165,9 @@ class MemPool:
     def insert(self, tokens: Tokens, blocks: Sequence[int], salt: str = "") -> list[int]:
         """Keep for reuse: `blocks[i]` holds K and V of the i-th whole block of `tokens`.
 
-        The caller holds all these blocks. Returns the blocks now cached for these tokens: where
-        some were cached before, those stay and the caller's copies don't enter. They are not
+        The caller holds all these blocks, and none in HBM follows one in DRAM. Returns the blocks
+        now cached for these tokens: where some were cached before, those stay and the caller's
+        copies don't enter, except that a block in HBM takes the place of one in DRAM. They are not
         pinned.
         """
         packed = pack_tokens(tokens)
@@ -162,9 +175,23 @@ class MemPool:
         if len(blocks) > num_whole:
             raise PoolError(f"{num_whole} whole blocks of tokens can't fill {len(blocks)} blocks")
         packed = packed[: 4 * self.block_size * len(blocks)]
-        num_known = len(self._index.match(packed, salt, touch=False))
-        self._blocks.index(blocks[num_known:])
-        return self._index.insert(packed, blocks, salt)
+        known = self._index.match(packed, salt, touch=False)
+        new = blocks[len(known) :]
+        if not self.has_dram:
+            self._blocks.index(new)
+            return self._index.insert(packed, blocks, salt)
+        tier_of = self.tier_of
+        faster = {
+            old: own for old, own in zip(known, blocks, strict=False) if tier_of(own) < tier_of(old)
+        }
+        path = [*(faster.get(old, old) for old in known), *new]
+        tiers = [tier_of(block) for block in path]
+        if tiers != sorted(tiers):
+            raise PoolError("a block in HBM can't continue a prefix that lies in DRAM")
+        self._blocks.index([*faster.values(), *new])
+        self._blocks.unindex(self._index.move(faster, Tier.HBM))
+        self._index.insert(packed, path[: tiers.count(Tier.HBM)], salt)
+        return self._index.insert(packed, path, salt, level=Tier.DRAM)
 
     def delete(self, tokens: Tokens, salt: str = "") -> int:
         """Drop a prompt's cached data and its continuations; the number of blocks dropped.
@@ -177,25 +204,58 @@ class MemPool:
 
     def reset(self) -> int:
         """Drop all historical blocks that nobody holds; the number of blocks dropped."""
-        dropped = self._index.evict(len(self._index), self._blocks.is_idle, partial=True)
-        self._blocks.unindex(dropped)
-        return len(dropped)
+        num_dropped = 0
+        for tier in reversed(Tier):
+            idle = self._blocks.is_idle
+            dropped = self._index.evict(len(self._index), idle, partial=True, level=tier)
+            self._blocks.unindex(dropped)
+            num_dropped += len(dropped)
+        return num_dropped
+
+    def swap_out(self, num_blocks: int) -> Swap | None:
+        """Start to move up to `num_blocks` historical blocks, the coldest ones, from HBM to DRAM.
+
+        Colder history leaves DRAM where it lacks room. They leave HBM when the swap is committed.
+        None if nothing can be moved.
+        """
+        if not self.has_dram:
+            return None
+        sources = self._index.coldest(num_blocks, self._blocks.is_idle, Tier.HBM)
+        dram = self._blocks.of(Tier.DRAM)
+        if len(sources) > dram.num_free:
+            self._evict(len(sources) - dram.num_free, Tier.DRAM, partial=True)
+        sources = sources[: dram.num_free]
+        if not sources:
+            return None
+        return self._start(
+            Swap(self, sources, self._blocks.allocate(len(sources), Tier.DRAM), Tier.DRAM)
+        )
+
+    def swap_in(self, blocks: Sequence[int], into: Sequence[int] | None = None) -> Swap:
+        """Start to move these blocks, which hold content, from DRAM to HBM.
+
+        `into` names blocks of HBM that the caller holds and does not use before the swap is settled;
+        without it, room is allocated. Raises OutOfBlocks if there is none.
+        """
+        if any(self.tier_of(block) is not Tier.DRAM for block in blocks):
+            raise PoolError("only blocks in DRAM can be swapped in")
+        if into is not None and len(into) != len(blocks):
+            raise PoolError(f"{len(blocks)} blocks can't be swapped into {len(into)}")
+        if any(self.tier_of(block) is not Tier.HBM for block in into or ()):
+            raise PoolError("blocks are swapped into HBM")
+        with self.io(blocks):  # never evicted for their own sake
+            if into is None:
+                into = self.alloc_mem(len(blocks))
+            else:
+                self._blocks.acquire(into)
+            return self._start(Swap(self, list(blocks), list(into), Tier.HBM))
 
     def refs(self, blocks: Sequence[int]) -> list[BlockRef]:
         """References to the present content of these blocks, for other instances.
 
         Take them when the content is complete: from then on a reader may copy it.
         """
-        self._blocks.require_content(blocks)
-        instance, epoch, tier = (
-            self.descriptor.instance,
-            self.descriptor.epoch,
-            self.descriptor.tier,
-        )
-        return [
-            BlockRef(instance, epoch, tier, block, generation)
-            for block, generation in zip(blocks, self._generations.load(blocks), strict=True)
-        ]
+        return self._blocks.refs(blocks)
 
     def begin_io(self, blocks: Sequence[int]) -> None:
         """A copy or a launched step may read or write these blocks until `end_io`."""
@@ -216,33 +276,41 @@ class MemPool:
 
     def stats(self) -> PoolStats:
         """Present counts and totals since the start."""
+        hbm = self._blocks.stats(Tier.HBM)
+        assert hbm is not None
         return PoolStats(
-            total=self._blocks.num_blocks,
-            free=self._blocks.num_free,
-            active=self._blocks.num_active,
-            historical=self._blocks.num_indexed,
-            in_flight=self._blocks.num_in_flight,
+            total=hbm.total,
+            free=hbm.free,
+            active=hbm.active,
+            historical=hbm.historical,
+            in_flight=hbm.in_flight,
             evictions=self._evictions,
             hit_tokens=self._hit_tokens,
             queried_tokens=self._queried_tokens,
+            dram=self._blocks.stats(Tier.DRAM),
+            swapped_out=self._num_swapped[Tier.DRAM],
+            swapped_in=self._num_swapped[Tier.HBM],
         )
 
     def audit(self, holdings: Holdings, in_flight: Holdings | None = None) -> list[str]:
         """Recount everything from scratch; each problem in words, none if all is well.
 
-        `holdings` names every holder of references (open matches are known here), `in_flight`
-        every copy and step (None: not checked). Free, active, historical and in-flight blocks must
-        make up the arena, every count must be explained, and every index entry must be live.
+        `holdings` names every holder of references, `in_flight` every copy and step (None: not
+        checked); open matches and swaps are known here. Free, active, historical and in-flight
+        blocks must make up each arena, every count must be explained, and every index entry must be
+        live.
         """
         problems = [*self._blocks.audit(), *self._index.audit()]
-        open_matches = {f"match {i}": m.blocks for i, m in enumerate(self._open_matches)}
-        problems += self._unexplained("references", {**holdings, **open_matches})
+        matches = {f"match {i}": match.blocks for i, match in enumerate(self._open_matches)}
+        swaps = {f"swap {i}": swap.destinations for i, swap in enumerate(self._open_swaps)}
+        problems += self._unexplained("references", {**holdings, **matches, **swaps})
         if in_flight is not None:
-            problems += self._unexplained("in flight", in_flight)
+            moving = {f"swap {i}": swap.blocks for i, swap in enumerate(self._open_swaps)}
+            problems += self._unexplained("in flight", {**in_flight, **moving})
         entries = [block for _, _, block in self._index]
         if len(set(entries)) != len(entries):
             problems.append("a block stands twice in the index")
-        marked = {b for b in range(self._blocks.num_blocks) if self._blocks.is_indexed(b)}
+        marked = {b for b in self._blocks.all_blocks() if self._blocks.is_indexed(b)}
         if marked != set(entries):
             problems.append(f"the index and the marks differ in {sorted(marked ^ set(entries))}")
         return problems
@@ -257,11 +325,45 @@ class MemPool:
             raise PoolError("this match was committed or released before")
         self._open_matches.remove(match)
 
+    def settle_swap(self, swap: Swap, *, copied: bool) -> int:
+        """The copy of `swap` has ended; the number of blocks that moved. Called by `Swap`."""
+        if swap not in self._open_swaps:
+            raise PoolError("this swap was committed or rolled back before")
+        self._open_swaps.remove(swap)
+        moved: list[int] = []
+        if copied:
+            destination = dict(zip(swap.sources, swap.destinations, strict=True))
+            wanted = {s: d for s, d in destination.items() if self._may_move(s, d, swap.to)}
+            moved = self._index.move(wanted, swap.to)
+            self._blocks.index([destination[block] for block in moved])
+            self._blocks.unindex(moved)
+            self._num_swapped[swap.to] += len(moved)
+        self._blocks.end_io(swap.blocks)
+        self._blocks.release(swap.destinations)
+        return len(moved)
+
+    def _start(self, swap: Swap) -> Swap:
+        self._blocks.begin_io(swap.blocks)
+        self._open_swaps.add(swap)
+        return swap
+
+    def _may_move(self, source: int, destination: int, to: Tier) -> bool:
+        """Whether the index should name `destination` now: `source` was not taken into use."""
+        if self._blocks.is_indexed(destination) or not self._blocks.is_indexed(source):
+            return False
+        return to is Tier.HBM or self._blocks.num_references(source) == 0
+
+    def _evict(self, num_blocks: int, tier: Tier, *, partial: bool = False) -> int:
+        victims = self._index.evict(num_blocks, self._blocks.is_idle, partial=partial, level=tier)
+        self._blocks.unindex(victims)
+        self._evictions += len(victims)
+        return len(victims)
+
     def _unexplained(self, what: str, holdings: Holdings) -> list[str]:
         explained = Counter(block for blocks in holdings.values() for block in blocks)
         count = self._blocks.num_references if what == "references" else self._blocks.num_io
         problems = []
-        for block in range(self._blocks.num_blocks):
+        for block in self._blocks.all_blocks():
             if count(block) != explained[block]:
                 owners = [name for name, blocks in holdings.items() if block in blocks]
                 counts = f"{count(block)} {what}, {explained[block]} explained"

@@ -34,6 +34,16 @@ class BlockRef(msgspec.Struct, frozen=True, array_like=True):
     generation: int
 
 
+class TierStats(msgspec.Struct, frozen=True):
+    """Blocks of one tier by state; a block may be active, historical and in flight at once."""
+
+    total: int
+    free: int
+    active: int
+    historical: int
+    in_flight: int
+
+
 class ArenaLayout(msgspec.Struct, frozen=True):
     """Shape of an arena: [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]."""
 

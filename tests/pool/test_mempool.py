@@ -12,7 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from memserve.errors import OutOfBlocks, PoolError
 from memserve.pool.generations import GenerationTable, load_native_blocks
-from memserve.pool.mempool import Match, MemPool
+from memserve.pool.mempool import MemPool
+from memserve.pool.pending import Match
 from memserve.pool.refs import ArenaDescriptor, ArenaLayout, BlockRef
 
 BLOCK = 2
@@ -59,6 +60,7 @@ class PoolAgainstOracle(RuleBasedStateMachine):
     @initialize()
     def start(self) -> None:
         self.pool = new_pool()
+        self.generations = self.pool._blocks._memories[0].generations
         self.arena: dict[int, int] = {}
         self.cached: dict[Key, int] = {}
         self.requests: list[Request] = []
@@ -246,7 +248,7 @@ class PoolAgainstOracle(RuleBasedStateMachine):
         kept = set(self.held()) | set(self.cached.values())
         good = []
         for ref, bytes_then in self.published:
-            (now,) = self.pool._generations.load([ref.block])
+            (now,) = self.generations.load([ref.block])
             if now == ref.generation:
                 assert ref.block in kept
                 assert self.arena[ref.block] == bytes_then
