@@ -56,6 +56,10 @@ class ServeConfig:
         "KV cache of one worker, as 2G or 512M [default: its share of an eighth of the free "
         "memory, at most 2G].",
     )
+    dram_cache_memory: str = _flag(
+        "0",
+        "Memory of one worker for history that its KV cache has no room for, as 4G; 0: none.",
+    )
     max_num_seqs: int = _flag(64, "Most sequences that one worker runs at once.")
     max_num_batched_tokens: int = _flag(512, "Most tokens in one step of a worker.")
     max_num_queued_reqs: int = _flag(1024, "Most requests in the server; more are answered 503.")
@@ -79,6 +83,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
     block_size: int
     kv_cache_bytes: int
+    dram_cache_bytes: int = 0
+    """0: no DRAM tier."""
     max_num_seqs: int
     max_num_batched_tokens: int
     handover_timeout: float
@@ -86,8 +92,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     log_level: str
 
 
-def parse_size(text: str) -> int:
-    """Bytes of a size such as `2G`, `512M` or `1073741824`."""
+def parse_size(text: str, *, zero: bool = False) -> int:
+    """Bytes of a size such as `2G`, `512M` or `1073741824`; 0 is one only if `zero` allows it."""
     value = text.strip().lower().removesuffix("ib").removesuffix("b")
     unit = value[-1:] if value[-1:].isalpha() else ""
     number = value.removesuffix(unit)
@@ -97,7 +103,7 @@ def parse_size(text: str) -> int:
         raise UsageError(
             f"{text!r} is not a size: write it as 2G, 512M or a number of bytes"
         ) from None
-    if size <= 0:
+    if size < 0 or (size == 0 and not zero):
         raise UsageError(f"a size must be positive, not {text!r}")
     return size
 

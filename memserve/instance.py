@@ -22,6 +22,7 @@ from memserve.messages import (
     StartFailed,
     ToLauncher,
 )
+from memserve.pool.refs import Tier
 from memserve.scheduler.placement import Load, Role
 
 STOP_TIMEOUT_S = 10.0
@@ -90,7 +91,7 @@ class Instance:
         self.process: WorkerProcess | None = None
         self._channel: Channel[ToLauncher] | None = None
         self._descriptors: socket.socket | None = None
-        self._arena_descriptor: int | None = None
+        self._arena_descriptors: list[int] = []
 
     @property
     def role(self) -> Role:
@@ -106,7 +107,7 @@ class Instance:
     def num_cache_tokens(self) -> int:
         """Tokens whose KV its arena can hold."""
         assert self.ready is not None
-        layout = self.ready.arena.layout
+        layout = self.ready.arenas[Tier.HBM].layout
         return layout.num_blocks * layout.block_size
 
     async def start(self) -> None:
@@ -131,7 +132,9 @@ class Instance:
                 match message:
                     case Ready():
                         assert self._descriptors is not None
-                        self._arena_descriptor = receive_descriptor(self._descriptors)
+                        self._arena_descriptors = [
+                            receive_descriptor(self._descriptors) for _ in message.arenas
+                        ]
                         self.ready = message
                         return
                     case StartFailed(reason):
@@ -150,12 +153,13 @@ class Instance:
         return True
 
     def introduce(self, peer: "Instance") -> None:
-        """Let the worker map a peer's arena."""
+        """Let the worker map a peer's arenas."""
         assert self._descriptors is not None
         assert peer.ready is not None
-        assert peer._arena_descriptor is not None  # noqa: SLF001
-        send_descriptor(self._descriptors, peer._arena_descriptor)  # noqa: SLF001
-        self.send(MapPeer(peer.ready.arena))
+        descriptors = peer._arena_descriptors  # noqa: SLF001
+        for arena, descriptor in zip(peer.ready.arenas, descriptors, strict=True):
+            send_descriptor(self._descriptors, descriptor)
+            self.send(MapPeer(arena))
 
     async def stop(self) -> None:
         """Ask the worker to leave, then insist; returns when the process has ended."""
@@ -171,9 +175,9 @@ class Instance:
             await self._channel.close()
         if self._descriptors is not None:
             self._descriptors.close()
-        if self._arena_descriptor is not None:
-            os.close(self._arena_descriptor)
-            self._arena_descriptor = None
+        for descriptor in self._arena_descriptors:
+            os.close(descriptor)
+        self._arena_descriptors = []
 
 
 def thread_environment(num_threads: int) -> dict[str, str]:

@@ -66,6 +66,7 @@ def plan_instances(config: ServeConfig, prepared: PreparedModel) -> list[Instanc
         max_model_len=max_model_len,
         block_size=config.block_size,
         kv_cache_bytes=cache_bytes(config, len(roles)),
+        dram_cache_bytes=parse_size(config.dram_cache_memory, zero=True),
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         handover_timeout=config.handover_timeout,
@@ -121,13 +122,18 @@ def choose_roles(config: ServeConfig) -> list[Role]:
 def cache_bytes(config: ServeConfig, num_workers: int) -> int:
     """Bytes of KV cache for each worker. Raises `UsageError` if the machine can't hold them all."""
     available = available_memory()
+    dram = parse_size(config.dram_cache_memory, zero=True)
     if config.kv_cache_memory is None:
-        return min(available // (8 * num_workers), MAX_DEFAULT_CACHE)
-    wanted = parse_size(config.kv_cache_memory)
-    if wanted * num_workers > available:
+        wanted = min(available // (8 * num_workers), MAX_DEFAULT_CACHE)
+    else:
+        wanted = parse_size(config.kv_cache_memory)
+    if (wanted + dram) * num_workers > available:
+        asked = f"--kv-cache-memory {config.kv_cache_memory or f'{wanted / 2**30:.1f}G'}"
+        if dram:
+            asked += f" and --dram-cache-memory {config.dram_cache_memory}"
         raise UsageError(
-            f"too little memory: {num_workers} workers with --kv-cache-memory "
-            f"{config.kv_cache_memory} each need more than the {available / 2**30:.1f} GiB available"
+            f"too little memory: {num_workers} workers with {asked} each need more than the "
+            f"{available / 2**30:.1f} GiB available"
         )
     return wanted
 

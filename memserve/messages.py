@@ -24,7 +24,7 @@ from typing import TypeAlias
 import msgspec
 
 from memserve.config import EngineConfig
-from memserve.pool.refs import ArenaDescriptor, BlockRef
+from memserve.pool.refs import ArenaDescriptor, BlockRef, TierStats
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -133,9 +133,10 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
-    """The worker serves. The descriptor of its arena follows on the descriptor socket."""
+    """The worker serves. The descriptors of its arenas follow on the descriptor socket, in order."""
 
-    arena: ArenaDescriptor
+    arenas: list[ArenaDescriptor]
+    """HBM first, then DRAM if it has that tier."""
     dtype: str
     attention: str
     """Name of the attention backend, for the log."""
@@ -193,16 +194,6 @@ class Rejected(msgspec.Struct, frozen=True, tag=True):
     status: int
 
 
-class TierStats(msgspec.Struct, frozen=True):
-    """Counts of blocks and what happened to them; see `memserve.pool.mempool`."""
-
-    total: int
-    free: int
-    active: int
-    historical: int
-    in_flight: int
-
-
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Counters (since start) and gauges of one worker."""
 
@@ -221,7 +212,12 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_handovers: int = 0
     num_declined: int = 0
     num_evictions: int = 0
+    num_swapped_out_blocks: int = 0
+    num_swapped_in_blocks: int = 0
+    num_swapped_bytes: int = 0
     hbm: TierStats | None = None
+    dram: TierStats | None = None
+    """None where there is no DRAM tier."""
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):

@@ -12,8 +12,9 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from memserve.errors import RequestError, RequestFailed
 from memserve.generation import ChoiceToken, Generation
-from memserve.messages import EngineStats, Inspection, TierStats, TokenEvent
+from memserve.messages import EngineStats, Inspection, TokenEvent
 from memserve.model import prepared
+from memserve.pool.refs import TierStats
 from memserve.tokens import Tokenizer
 
 EOS = 256

@@ -66,6 +66,7 @@ class EngineSubject:
             pool,
             Runner(model, arena.tensor, eos_token_ids=config.eos_token_ids),
             start_copy=_no_peer,
+            start_swap=_no_peer,
             map_peer=_no_peer,
         )
         self._tickets = itertools.count()

@@ -208,14 +208,17 @@ class InstanceCollector(Collector):
 
     def _blocks(self, stats: list[tuple[tuple[str, str, str], EngineStats]]) -> Metric:
         blocks = GaugeMetricFamily(
-            PREFIX + "kv_blocks", "Blocks of the arena, by state.", labels=(*self.LABELS, "state")
+            PREFIX + "kv_blocks",
+            "KV blocks, by tier and state.",
+            labels=(*self.LABELS, "tier", "state"),
         )
         for labels, of_instance in stats:
-            if (tier := of_instance.hbm) is not None:
-                blocks.add_metric((*labels, "free"), tier.free)
-                blocks.add_metric((*labels, "active"), tier.active)
-                blocks.add_metric((*labels, "historical"), tier.historical)
-                blocks.add_metric((*labels, "in_flight"), tier.in_flight)
+            for name, tier in (("hbm", of_instance.hbm), ("dram", of_instance.dram)):
+                if tier is not None:
+                    blocks.add_metric((*labels, name, "free"), tier.free)
+                    blocks.add_metric((*labels, name, "active"), tier.active)
+                    blocks.add_metric((*labels, name, "historical"), tier.historical)
+                    blocks.add_metric((*labels, name, "in_flight"), tier.in_flight)
         return blocks
 
 
@@ -250,5 +253,8 @@ COUNTERS: tuple[Series, ...] = (
     ("failed_pulls", "Copies whose source was gone.", lambda s: s.num_failed_pulls),
     ("handovers", "Requests taken over from another instance.", lambda s: s.num_handovers),
     ("declined_handovers", "Requests not taken over.", lambda s: s.num_declined),
+    ("swapped_out_blocks", "Blocks moved from HBM to DRAM.", lambda s: s.num_swapped_out_blocks),
+    ("swapped_in_blocks", "Blocks moved from DRAM to HBM.", lambda s: s.num_swapped_in_blocks),
+    ("swapped_bytes", "Bytes moved between the tiers.", lambda s: s.num_swapped_bytes),
     ("evicted_blocks", "Historical blocks that had to go.", lambda s: s.num_evictions),
 )

@@ -48,3 +48,12 @@ int64_t memserve_copy_blocks(char *destination, const int64_t *destination_block
     }
     return num_ok;
 }
+
+/* Copies n blocks of block_bytes each between two arenas of this process, whose owner keeps both ends
+ * from changing meanwhile. */
+void memserve_move_blocks(char *destination, const int64_t *destination_blocks, const char *source,
+                          const int64_t *source_blocks, int64_t n, int64_t block_bytes) {
+    for (int64_t i = 0; i < n; i++)
+        memcpy(destination + destination_blocks[i] * block_bytes,
+               source + source_blocks[i] * block_bytes, (size_t)block_bytes);
+}

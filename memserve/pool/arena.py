@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 F_SEAL_FUTURE_WRITE = 0x0010  # <linux/fcntl.h>; in Python's fcntl from 3.13 only
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL
 
+_FLAGS = {Tier.HBM: "--kv-cache-memory", Tier.DRAM: "--dram-cache-memory"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -52,15 +53,15 @@ class Arena:
     ) -> None:
         self.descriptor = ArenaDescriptor(instance, epoch, int(tier), layout)
         if layout.num_blocks < 1:
-            raise UsageError("the KV cache has no room for a single block: raise --kv-cache-memory")
+            raise UsageError(f"{tier.name} has no room for a single block: raise {_FLAGS[tier]}")
         size = total_bytes(layout)
-        _require_memory(size)
+        _require_memory(size, tier)
         self.fd = os.memfd_create("memserve-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             self._map = _reserve(self.fd, size)
         except OSError as error:
             os.close(self.fd)
-            raise UsageError(_too_little(size, str(error))) from error
+            raise UsageError(_too_little(size, tier, str(error))) from error
         header = pack_header(self.descriptor)
         self._map[: len(header)] = header
         values = torch.frombuffer(
@@ -107,14 +108,14 @@ def _reserve(fd: int, size: int) -> mmap.mmap:
     return mapping
 
 
-def _require_memory(size: int) -> None:
+def _require_memory(size: int, tier: Tier) -> None:
     available = available_memory()
     if size > available:
-        raise UsageError(_too_little(size, f"{available / 2**30:.2f} GiB are available"))
+        raise UsageError(_too_little(size, tier, f"{available / 2**30:.2f} GiB are available"))
 
 
-def _too_little(size: int, reason: str) -> str:
+def _too_little(size: int, tier: Tier, reason: str) -> str:
     return (
         f"too little memory: the KV blocks of one worker need {size / 2**30:.2f} GiB, but {reason}."
-        " Lower --kv-cache-memory or the number of workers."
+        f" Lower {_FLAGS[tier]} or the number of workers."
     )

@@ -37,6 +37,9 @@ class NativeBlocks:
             *(number, number, pointer),
         ]
         self._copy.restype = number
+        self._move = library.memserve_move_blocks
+        self._move.argtypes = [pointer, pointer, pointer, pointer, number, number]
+        self._move.restype = None
 
     def bump(self, table_address: int, blocks: Sequence[int]) -> None:
         """End the content of `blocks`; every later write to them comes after it, for all to see."""
@@ -71,6 +74,24 @@ class NativeBlocks:
             ok.ctypes.data,
         )
         return [bool(flag) for flag in ok.tolist()]
+
+    def move(
+        self,
+        destination: int,
+        destination_blocks: Int64s,
+        source: int,
+        source_blocks: Int64s,
+        block_bytes: int,
+    ) -> None:
+        """Copy blocks between two arenas of this process at these addresses; nothing is checked."""
+        self._move(
+            destination,
+            destination_blocks.ctypes.data,
+            source,
+            source_blocks.ctypes.data,
+            len(source_blocks),
+            block_bytes,
+        )
 
 
 @lru_cache(maxsize=1)

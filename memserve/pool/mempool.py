@@ -56,6 +56,7 @@ class PoolStats(msgspec.Struct, frozen=True):
     evictions: int
     """Historical blocks that left the pool to make room, on either tier."""
     hit_tokens: int
+    """Of the matches that were committed: a prompt that waits for room is looked up many times."""
     queried_tokens: int
     dram: TierStats | None = None
     swapped_out: int = 0
@@ -156,10 +157,8 @@ class MemPool:
         if self.has_dram and deepest is Tier.HBM:
             blocks = [block for block in blocks if self.tier_of(block) is Tier.HBM]
         self._blocks.acquire(blocks)
-        match = Match(self, blocks)
+        match = Match(self, blocks, num_queried=len(packed) // 4)
         self._open_matches.add(match)
-        self._queried_tokens += len(packed) // 4
-        self._hit_tokens += match.num_tokens
         return match
 
     def insert(self, tokens: Tokens, blocks: Sequence[int], salt: str = "") -> list[int]:
@@ -319,11 +318,14 @@ class MemPool:
         """Whether this match still pins its blocks."""
         return match in self._open_matches
 
-    def settle(self, match: Match) -> None:
+    def settle(self, match: Match, *, used: bool) -> None:
         """The references of `match` have another owner now; called by `Match`."""
         if match not in self._open_matches:
             raise PoolError("this match was committed or released before")
         self._open_matches.remove(match)
+        if used:
+            self._queried_tokens += match.num_queried
+            self._hit_tokens += match.num_tokens
 
     def settle_swap(self, swap: Swap, *, copied: bool) -> int:
         """The copy of `swap` has ended; the number of blocks that moved. Called by `Swap`."""

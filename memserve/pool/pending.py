@@ -21,8 +21,9 @@ class Match:
     in HBM come first; `blocks[num_hbm:]` lie in DRAM and must be swapped in before a step reads them.
     """
 
-    def __init__(self, pool: "MemPool", blocks: list[int]) -> None:
+    def __init__(self, pool: "MemPool", blocks: list[int], *, num_queried: int) -> None:
         self.blocks = blocks
+        self.num_queried = num_queried
         self.num_hbm = sum(pool.tier_of(block) is Tier.HBM for block in blocks)
         self._pool = pool
 
@@ -33,13 +34,13 @@ class Match:
 
     def commit(self) -> list[int]:
         """Hand the references to the caller, who ends them with `MemPool.free_mem`."""
-        self._pool.settle(self)
+        self._pool.settle(self, used=True)
         return self.blocks
 
     def release(self) -> None:
         """Unpin the blocks; nothing happens if they were committed or released before."""
         if self._pool.is_open(self):
-            self._pool.settle(self)
+            self._pool.settle(self, used=False)
             self._pool.free_mem(self.blocks)
 
     def __enter__(self) -> Self:
@@ -75,6 +76,12 @@ class Swap:
     def blocks(self) -> list[int]:
         """Both ends."""
         return self.sources + self.destinations
+
+    @property
+    def places(self) -> tuple[list[int], list[int]]:
+        """Arena numbers of the sources and of the destinations."""
+        place = self._pool.place
+        return [*map(place, self.sources)], [*map(place, self.destinations)]
 
     def commit(self) -> int:
         """The bytes are there: let the index name the destinations; the number that moved.

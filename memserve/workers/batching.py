@@ -3,7 +3,8 @@
 A step takes the newest token of every decoding sequence and, with what is left of its token budget,
 chunks of prompts. A prompt is admitted when the pool has room for all of it, in ticket order; a
 sequence that can't grow takes blocks from the youngest claim, which computes again later what it
-lost (mostly a cache hit). A prompt that shares a prefix with one that is being computed waits for it
+lost (mostly a cache hit). A prompt whose history lies in DRAM gets all its room at once and runs when
+the history is there. A prompt that shares a prefix with one that is being computed waits for it
 rather than computing the same blocks beside it.
 
 Knows blocks and tickets, no tensors and no messages.
@@ -11,31 +12,58 @@ Knows blocks and tickets, no tensors and no messages.
 
 from array import array
 from bisect import insort
+from enum import Enum, auto
 from operator import attrgetter
 
 import numpy as np
 
 from memserve.errors import OutOfBlocks
 from memserve.pool.mempool import MemPool
+from memserve.pool.pending import Match, Swap
 from memserve.workers.claims import Claims
 from memserve.workers.sequence import Sequence, Slice
+from memserve.workers.swapping import Swapper
 
 BY_TICKET = attrgetter("ticket")
+
+
+class Admission(Enum):
+    """What became of a waiting sequence."""
+
+    RUNS = auto()
+    LOADS = auto()
+    """It has its room; its history comes from DRAM."""
+    POSTPONED = auto()
+    """What it needs is on its way for another one; those behind it may go first."""
+    NO_ROOM = auto()
 
 
 class Batcher:
     """The waiting and the running sequences of one worker."""
 
     def __init__(
-        self, pool: MemPool, claims: Claims, *, max_num_seqs: int, max_num_batched_tokens: int
+        self,
+        pool: MemPool,
+        claims: Claims,
+        swapper: Swapper,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
     ) -> None:
         self._pool = pool
         self._claims = claims
+        self._swapper = swapper
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self._loading: dict[Swap, Sequence] = {}
         self.num_preemptions = 0
+
+    @property
+    def loading(self) -> list[Sequence]:
+        """Sequences that hold their blocks and wait for bytes from DRAM."""
+        return list(self._loading.values())
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence that holds no blocks."""
@@ -62,17 +90,30 @@ class Batcher:
             if sequence.ticket == ticket:
                 self.finish(sequence)
                 return
+        for swap, sequence in self._loading.items():
+            if sequence.ticket == ticket:
+                self._unload(swap)
+                return
         self.waiting = [sequence for sequence in self.waiting if sequence.ticket != ticket]
 
     def keep(self, ticket: int) -> None:
         """Decode a sequence here that was to be handed over."""
-        for sequence in (*self.running, *self.waiting):
+        for sequence in (*self.running, *self.loading, *self.waiting):
             if sequence.ticket == ticket:
                 sequence.decode_on = None
+
+    def loaded(self, swap: Swap) -> None:
+        """A swap has been settled: run the sequence that waits for it."""
+        sequence = self._loading.pop(swap, None)
+        if sequence is not None:
+            self.run(sequence)
 
     def release(self, sequence: Sequence) -> None:
         """Index what a sequence has computed and let go of its blocks."""
         self.share(sequence)
+        self._let_go(sequence)
+
+    def _let_go(self, sequence: Sequence) -> None:
         self._pool.free_mem(sequence.blocks)
         del sequence.blocks[:]
         sequence.num_computed = 0
@@ -99,14 +140,16 @@ class Batcher:
                 slices.append(Slice(sequence, min(sequence.num_pending, budget)))
                 budget -= slices[-1].num_tokens
         for sequence in tuple(self.waiting):
-            if budget <= 0 or len(self.running) >= self._max_num_seqs:
+            if budget <= 0 or len(self.running) + len(self._loading) >= self._max_num_seqs:
                 break
             if self._in_the_making(sequence):
                 continue
-            if not self._admit(sequence):
+            admission = self._admit(sequence)
+            if admission is Admission.NO_ROOM:
                 break
-            slices.append(Slice(sequence, min(sequence.num_pending, budget)))
-            budget -= slices[-1].num_tokens
+            if admission is Admission.RUNS:
+                slices.append(Slice(sequence, min(sequence.num_pending, budget)))
+                budget -= slices[-1].num_tokens
         return slices
 
     def _grow(self, sequence: Sequence) -> bool:
@@ -132,28 +175,54 @@ class Batcher:
                 return True
         return False
 
-    def _admit(self, sequence: Sequence) -> bool:
+    def _admit(self, sequence: Sequence) -> Admission:
         """Match the cache and take blocks for all pending tokens, or leave everything as it was.
 
         Beside its own blocks a newcomer must find one free block for each sequence that runs, lest
         it be preempted as soon as those grow.
         """
-        match = self._pool.match(sequence.tokens[:-1], sequence.cache_salt)
-        needed = -(-len(sequence.tokens) // self._pool.block_size) - len(match.blocks)
-        try:
-            reserve = self._pool.alloc_mem(needed + len(self.running))
-        except OutOfBlocks:
-            match.release()
-            return False
-        self._pool.free_mem(reserve[needed:])
+        with self._pool.match(sequence.tokens[:-1], sequence.cache_salt) as match:
+            if any(self._pool.is_in_flight(block) for block in match.blocks[match.num_hbm :]):
+                return Admission.POSTPONED
+            needed = -(-len(sequence.tokens) // self._pool.block_size) - match.num_hbm
+            spare = len(self.running) + len(self._loading)
+            if self._swapper.make_room(needed + spare):
+                return Admission.NO_ROOM
+            try:
+                reserve = self._pool.alloc_mem(needed + spare)
+            except OutOfBlocks:
+                return Admission.NO_ROOM
+            self._pool.free_mem(reserve[needed:])
+            return self._take(sequence, match, reserve[:needed])
+
+    def _take(self, sequence: Sequence, match: Match, room: list[int]) -> Admission:
+        """Run a sequence on its matched blocks and on `room`, or load what of it is in DRAM."""
         self.waiting.remove(sequence)
-        sequence.blocks.extend(match.commit())
-        sequence.num_computed = len(sequence.blocks) * self._pool.block_size
+        blocks = match.commit()
+        in_dram = blocks[match.num_hbm :]
+        sequence.blocks.extend(blocks[: match.num_hbm] + room)
+        sequence.num_computed = match.num_tokens
         if sequence.num_outputs == 0:
             sequence.num_cached_tokens = sequence.num_computed
-        sequence.blocks.extend(reserve[:needed])
-        self.run(sequence)
-        return True
+        if not in_dram:
+            self.run(sequence)
+            return Admission.RUNS
+        swap = self._swapper.load(in_dram, into=room[: len(in_dram)])
+        self._pool.free_mem(in_dram)
+        self._loading[swap] = sequence
+        self._claims.hold(sequence.ticket, lambda: self._yield_room(swap))
+        return Admission.LOADS
+
+    def _unload(self, swap: Swap) -> Sequence:
+        """Take a loading sequence's blocks; the copy goes on, for the index."""
+        sequence = self._loading.pop(swap)
+        self._claims.drop(sequence.ticket)
+        self._let_go(sequence)
+        return sequence
+
+    def _yield_room(self, swap: Swap) -> None:
+        self.num_preemptions += 1
+        self.add(self._unload(swap))
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's blocks; it waits and computes again what the cache has lost."""

@@ -9,13 +9,15 @@ from collections.abc import Callable
 
 from memserve.errors import OutOfBlocks
 from memserve.pool.mempool import MemPool
+from memserve.workers.swapping import Swapper
 
 
 class Claims:
     """Allocates blocks for tickets, taking them from younger tickets when the pool is exhausted."""
 
-    def __init__(self, pool: MemPool) -> None:
+    def __init__(self, pool: MemPool, swapper: Swapper) -> None:
         self._pool = pool
+        self._swapper = swapper
         self._give_up_by_ticket: dict[int, Callable[[], None]] = {}
 
     def hold(self, ticket: int, give_up: Callable[[], None]) -> None:
@@ -29,13 +31,18 @@ class Claims:
     def allocate(self, num_blocks: int, *, above: int) -> list[int] | None:
         """Blocks from the pool, or else from tickets younger than `above`, the youngest first.
 
-        None when even that isn't enough now (blocks of older tickets, or in flight).
+        None when that isn't enough now: older tickets hold the blocks, or those that a younger one
+        gave up are being copied to DRAM, to be free at one of the next steps.
         """
         while True:
             try:
                 return self._pool.alloc_mem(num_blocks)
             except OutOfBlocks:
+                if self._pool.num_free + self._pool.num_leaving >= num_blocks:
+                    return None
                 youngest = max(self._give_up_by_ticket, default=above)
                 if youngest <= above:
                     return None
                 self._give_up_by_ticket[youngest]()
+                if self._swapper.make_room(num_blocks):
+                    return None

@@ -29,17 +29,18 @@ from memserve.messages import (
     Settle,
     Shutdown,
     Submit,
-    TierStats,
     TokenEvent,
     Tokens,
 )
 from memserve.model.sampling import Sampled
 from memserve.pool.mempool import MemPool
+from memserve.pool.refs import TierStats
 from memserve.workers.batching import Batcher
 from memserve.workers.claims import Claims
 from memserve.workers.handover import Arrivals, Departures, StartCopy
-from memserve.workers.link import CopyDone, Event, Hangup, Link
+from memserve.workers.link import CopyDone, Event, Hangup, Link, SwapDone
 from memserve.workers.sequence import Sequence, Slice
+from memserve.workers.swapping import StartSwap, Swapper
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class Engine:
         runner: StepRunner,
         *,
         start_copy: StartCopy,
+        start_swap: StartSwap,
         map_peer: Callable[[MapPeer], None],
     ) -> None:
         self._link = link
@@ -72,10 +74,12 @@ class Engine:
         self._runner = runner
         self._eos_token_ids = frozenset(config.eos_token_ids)
         self._map_peer = map_peer
-        claims = Claims(pool)
+        self._swapper = Swapper(pool, start_swap)
+        claims = Claims(pool, self._swapper)
         self._batcher = Batcher(
             pool,
             claims,
+            self._swapper,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
         )
@@ -85,6 +89,7 @@ class Engine:
             pool,
             self._batcher,
             claims,
+            self._swapper,
             link.send,
             start_copy,
             max_num_seqs=config.max_num_seqs,
@@ -112,6 +117,7 @@ class Engine:
         self._departures.expire(now)
         self._arrivals.expire(now)
         self._arrivals.reserve()
+        self._swapper.tend()
         slices = self._batcher.schedule()
         if slices:
             self._absorb(slices, self._runner.run(slices))
@@ -143,6 +149,9 @@ class Engine:
                 self._arrivals.published(event, time.monotonic())
             case CopyDone():
                 self._arrivals.copied(event)
+            case SwapDone(swap):
+                swap.commit()
+                self._batcher.loaded(swap)
             case Settle():
                 self._settle(event)
             case Abort(ticket):
@@ -235,16 +244,18 @@ class Engine:
     def audit(self) -> list[str]:
         """Recount every block from scratch; the problems found, none when the books are right."""
         holdings: dict[str, Items[int]] = {"arrivals": self._arrivals.blocks}
-        for sequence in (*self._batcher.running, *self._departures.sequences):
+        held = (*self._batcher.running, *self._batcher.loading, *self._departures.sequences)
+        for sequence in held:
             holdings[f"ticket {sequence.ticket}"] = sequence.blocks
         return self._pool.audit(holdings)
 
     def stats(self) -> EngineStats:
         """Counters since start and gauges of now."""
         pool = self._pool.stats()
+        block_bytes = self._pool.descriptor.layout.block_bytes
         return EngineStats(
             num_running=len(self._batcher.running),
-            num_waiting=len(self._batcher.waiting),
+            num_waiting=len(self._batcher.waiting) + len(self._batcher.loading),
             num_incoming=len(self._arrivals),
             num_steps=self._num_steps,
             num_preemptions=self._batcher.num_preemptions,
@@ -253,12 +264,14 @@ class Engine:
             num_cached_tokens=pool.hit_tokens,
             num_queried_tokens=pool.queried_tokens,
             num_pulled_blocks=self._arrivals.num_pulled_blocks,
-            num_pulled_bytes=self._arrivals.num_pulled_blocks
-            * self._pool.descriptor.layout.block_bytes,
+            num_pulled_bytes=self._arrivals.num_pulled_blocks * block_bytes,
             num_failed_pulls=self._arrivals.num_failed_pulls,
             num_handovers=self._arrivals.num_handovers,
             num_declined=self._arrivals.num_declined,
             num_evictions=pool.evictions,
+            num_swapped_out_blocks=pool.swapped_out,
+            num_swapped_in_blocks=pool.swapped_in,
+            num_swapped_bytes=(pool.swapped_out + pool.swapped_in) * block_bytes,
             hbm=TierStats(
                 total=pool.total,
                 free=pool.free,
@@ -266,4 +279,5 @@ class Engine:
                 historical=pool.historical,
                 in_flight=pool.in_flight,
             ),
+            dram=pool.dram,
         )

@@ -18,11 +18,12 @@ import msgspec
 
 from memserve.messages import Declined, Expect, Published, Pulled, Withdrawn
 from memserve.pool.mempool import MemPool
-from memserve.pool.refs import BlockRef
+from memserve.pool.refs import BlockRef, Tier
 from memserve.workers.batching import Batcher
 from memserve.workers.claims import Claims
 from memserve.workers.link import CopyDone
 from memserve.workers.sequence import Sequence
+from memserve.workers.swapping import Swapper
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +139,7 @@ class Arrivals:
         pool: MemPool,
         batcher: Batcher,
         claims: Claims,
+        swapper: Swapper,
         send: Send,
         start_copy: StartCopy,
         *,
@@ -147,6 +149,7 @@ class Arrivals:
         self._pool = pool
         self._batcher = batcher
         self._claims = claims
+        self._swapper = swapper
         self._send = send
         self._start_copy = start_copy
         self._max_num_seqs = max_num_seqs
@@ -222,9 +225,12 @@ class Arrivals:
         if len(self._batcher.running) + reserved >= self._max_num_seqs:
             return False
         expect = arrival.expect
-        match = self._pool.match(expect.prompt[:-1], expect.cache_salt)
-        num_blocks = -(-(len(expect.prompt) + 1) // self._pool.block_size)
-        blocks = self._claims.allocate(num_blocks - len(match.blocks), above=expect.ticket)
+        # What lies in our own DRAM is pulled from the peer as well: it is the same copy.
+        match = self._pool.match(expect.prompt[:-1], expect.cache_salt, deepest=Tier.HBM)
+        num_missing = -(-(len(expect.prompt) + 1) // self._pool.block_size) - len(match.blocks)
+        blocks = None
+        if not self._swapper.make_room(num_missing):
+            blocks = self._claims.allocate(num_missing, above=expect.ticket)
         if blocks is None:
             match.release()
             return False

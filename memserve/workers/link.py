@@ -16,6 +16,7 @@ import msgspec
 
 from memserve.channel import Channel
 from memserve.messages import ToWorker
+from memserve.pool.pending import Swap
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,14 @@ class CopyDone:
     verified: list[bool]
 
 
-Event: TypeAlias = ToWorker | CopyDone | Hangup
+@dataclass(frozen=True, slots=True)
+class SwapDone:
+    """The copy of a swap has ended."""
+
+    swap: Swap
+
+
+Event: TypeAlias = ToWorker | CopyDone | SwapDone | Hangup
 
 
 class Link:

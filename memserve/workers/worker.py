@@ -1,27 +1,20 @@
 """Builds one worker: model, arena, pool, copy thread, engine; and runs it to its end."""
 
 import logging
-import os
 import socket
 from pathlib import Path
 
-import msgspec
 import torch
 
-from memserve.channel import receive_descriptor, send_descriptor
 from memserve.config import EngineConfig
 from memserve.errors import UsageError
-from memserve.messages import Configure, MapPeer, Ready, StartFailed
+from memserve.messages import Configure, Ready, StartFailed
 from memserve.model.loading import load_model
 from memserve.model.model import Model
-from memserve.pool.arena import Arena
-from memserve.pool.generations import load_native_blocks
-from memserve.pool.mempool import MemPool
 from memserve.pool.refs import ArenaLayout
-from memserve.pool.transfer.memfd import MemfdTransfer
-from memserve.workers.copying import Copier
 from memserve.workers.engine import Engine
 from memserve.workers.link import Link
+from memserve.workers.memory import WorkerMemory
 from memserve.workers.runner import Runner
 
 logger = logging.getLogger(__name__)
@@ -56,44 +49,34 @@ def serve(configure: Configure, link: Link, descriptors: socket.socket) -> None:
         max_model_len=config.max_model_len,
         block_size=config.block_size,
     )
-    native = load_native_blocks()
-    arena = Arena(
-        arena_layout(model, config),
+    memory = WorkerMemory(
+        config,
+        block_shape(model, config),
         instance=configure.instance,
         epoch=configure.epoch,
-        native=native,
+        inbox=link.inbox,
     )
-    transfer = MemfdTransfer(arena, native)
-    copier = Copier(transfer, link.inbox)
-
-    def map_peer(message: MapPeer) -> None:
-        descriptor = receive_descriptor(descriptors)
-        try:
-            transfer.map(message.arena, descriptor)
-        finally:
-            os.close(descriptor)
-
     engine = Engine(
         config,
         link,
-        MemPool(arena.descriptor, arena.generations),
-        Runner(model, arena.tensor, eos_token_ids=config.eos_token_ids),
-        start_copy=copier.start,
-        map_peer=map_peer,
+        memory.pool,
+        Runner(model, memory.hbm.tensor, eos_token_ids=config.eos_token_ids),
+        start_copy=memory.copier.start,
+        start_swap=memory.copier.start_swap,
+        map_peer=lambda message: memory.map_peer(message, descriptors),
     )
-    send_descriptor(descriptors, arena.fd)
-    link.send(Ready(arena.descriptor, model.spec.dtype, model.attention))
+    memory.send_descriptors(descriptors)
+    link.send(Ready(memory.descriptors, model.spec.dtype, model.attention))
     try:
         engine.run()
     finally:
-        copier.close()
-        arena.close()
+        memory.close()
 
 
-def arena_layout(model: Model, config: EngineConfig) -> ArenaLayout:
-    """As many blocks of the model's shape as the configured memory holds."""
+def block_shape(model: Model, config: EngineConfig) -> ArenaLayout:
+    """An arena of one block of the model's KV."""
     spec = model.spec
-    shape = ArenaLayout(
+    return ArenaLayout(
         num_blocks=1,
         num_layers=spec.num_layers,
         block_size=config.block_size,
@@ -101,7 +84,6 @@ def arena_layout(model: Model, config: EngineConfig) -> ArenaLayout:
         head_dim=spec.head_dim,
         dtype=spec.dtype,
     )
-    return msgspec.structs.replace(shape, num_blocks=config.kv_cache_bytes // shape.block_bytes)
 
 
 def _start_logging(configure: Configure) -> None:

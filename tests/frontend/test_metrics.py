@@ -6,7 +6,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from memserve.frontend.metrics import Metrics, kv_cache_usage, one_two_five
 from memserve.frontend.timeline import Moment, Timeline
-from memserve.messages import EngineStats, TierStats, TokenEvent
+from memserve.messages import EngineStats, TokenEvent
+from memserve.pool.refs import TierStats
 from tests.fakes import FakeInstance
 
 INSTANCES = [
@@ -20,7 +21,11 @@ INSTANCES = [
             num_queried_tokens=90,
             num_cached_tokens=30,
             num_pulled_blocks=4,
+            num_swapped_out_blocks=6,
+            num_swapped_in_blocks=2,
+            num_swapped_bytes=8192,
             hbm=TierStats(total=20, free=10, active=4, historical=5, in_flight=1),
+            dram=TierStats(total=30, free=24, active=0, historical=6, in_flight=0),
         ),
     ),
 ]
@@ -117,7 +122,11 @@ def test_each_instance_has_its_series_read_at_the_time_of_the_scrape(metrics: Me
     assert found["memserve:prefix_cache_hits_total", "1", "decode"] == 30
     assert found["memserve:num_preemptions_total", "1", "decode"] == 1
     assert found["memserve:pulled_blocks_total", "1", "decode"] == 4
-    assert found["memserve:kv_blocks", "1", "decode", "historical"] == 5
+    assert found["memserve:kv_blocks", "1", "decode", "hbm", "historical"] == 5
+    assert found["memserve:kv_blocks", "1", "decode", "dram", "historical"] == 6
+    assert found["memserve:swapped_out_blocks_total", "1", "decode"] == 6
+    assert found["memserve:swapped_in_blocks_total", "1", "decode"] == 2
+    assert found["memserve:swapped_bytes_total", "1", "decode"] == 8192
     INSTANCES[0].stats, before = EngineStats(num_waiting=9), INSTANCES[0].stats
     try:
         assert scrape(metrics)["memserve:num_requests_waiting", "0", "prefill"] == 9

@@ -373,8 +373,9 @@ def test_the_audit_names_an_unexplained_reference_and_a_forgotten_copy() -> None
     assert "by ['request']" in pool.audit({"request": [block, block]})[0]
 
 
-def test_stats_count_the_tokens_that_were_found() -> None:
+def test_stats_count_the_tokens_that_were_found_and_used() -> None:
     pool = new_pool()
     cached_prompt(pool, [1, 1, 2, 2])
     pool.match([1, 1, 3, 3, 5]).release()
+    pool.free_mem(pool.match([1, 1, 3, 3, 5]).commit())
     assert (pool.stats().hit_tokens, pool.stats().queried_tokens) == (2, 5)

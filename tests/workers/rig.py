@@ -9,7 +9,6 @@ same answer.
 
 import asyncio
 import dataclasses
-import os
 import socket
 import threading
 import time
@@ -19,26 +18,30 @@ from contextlib import asynccontextmanager
 import numpy as np
 import torch
 
-from memserve.channel import receive_descriptor, send_descriptor
 from memserve.cluster import Cluster
 from memserve.config import EngineConfig
 from memserve.generation import Generation
 from memserve.instance import InstancePlan, WorkerProcess
-from memserve.messages import Configure, MapPeer, Ready, SamplingParams
+from memserve.messages import Configure, Ready, SamplingParams
 from memserve.model.sampling import Sampled
-from memserve.pool.arena import Arena
-from memserve.pool.generations import load_native_blocks
-from memserve.pool.mempool import MemPool
+from memserve.pool.pending import Swap
 from memserve.pool.refs import ArenaLayout
-from memserve.pool.transfer.memfd import MemfdTransfer
 from memserve.scheduler.placement import Policy, Role
-from memserve.workers.copying import Copier
 from memserve.workers.engine import Engine
 from memserve.workers.link import Link
+from memserve.workers.memory import WorkerMemory
 from memserve.workers.sequence import Slice
 
 BLOCK_SIZE = 4
 VOCABULARY = 50
+SHAPE = ArenaLayout(
+    num_blocks=1,
+    num_layers=1,
+    block_size=BLOCK_SIZE,
+    num_kv_heads=1,
+    head_dim=1,
+    dtype="float32",
+)
 MODULUS = (1 << 24) - 3  # fingerprints are exact in float32
 
 
@@ -93,11 +96,11 @@ class ThreadWorker:
     """A worker on a thread, in the place of a process."""
 
     def __init__(
-        self, control: socket.socket, descriptors: socket.socket, step_seconds: float
+        self, control: socket.socket, descriptors: socket.socket, options: "RigOptions"
     ) -> None:
         self._control = control.dup()
         self._descriptors = descriptors.dup()
-        self._step_seconds = step_seconds
+        self._options = options
         self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -128,39 +131,29 @@ class ThreadWorker:
 
     def _serve(self, configure: Configure, link: Link) -> None:
         config = configure.engine
-        layout = ArenaLayout(
-            num_blocks=config.kv_cache_bytes,  # the rig counts blocks
-            num_layers=1,
-            block_size=BLOCK_SIZE,
-            num_kv_heads=1,
-            head_dim=1,
-            dtype="float32",
+        memory = WorkerMemory(
+            config, SHAPE, instance=configure.instance, epoch=configure.epoch, inbox=link.inbox
         )
-        native = load_native_blocks()
-        arena = Arena(layout, instance=configure.instance, epoch=configure.epoch, native=native)
-        transfer = MemfdTransfer(arena, native)
-        copier = Copier(transfer, link.inbox)
-
-        def map_peer(message: MapPeer) -> None:
-            descriptor = receive_descriptor(self._descriptors)
-            transfer.map(message.arena, descriptor)
-            os.close(descriptor)
-
         engine = Engine(
             config,
             link,
-            MemPool(arena.descriptor, arena.generations),
-            OracleRunner(arena.tensor, self._step_seconds),
-            start_copy=copier.start,
-            map_peer=map_peer,
+            memory.pool,
+            OracleRunner(memory.hbm.tensor, self._options.step_seconds),
+            start_copy=memory.copier.start,
+            start_swap=lambda swap: self._start_swap(memory, swap),
+            map_peer=lambda message: memory.map_peer(message, self._descriptors),
         )
-        send_descriptor(self._descriptors, arena.fd)
-        link.send(Ready(arena.descriptor, "float32", "oracle"))
+        memory.send_descriptors(self._descriptors)
+        link.send(Ready(memory.descriptors, "float32", "oracle"))
         try:
             engine.run()
         finally:
-            copier.close()
-            arena.close()
+            memory.close()
+
+    def _start_swap(self, memory: WorkerMemory, swap: Swap) -> None:
+        if self._options.copy_seconds:  # on the copy thread, which runs one thing after another
+            memory.copier._thread.submit(time.sleep, self._options.copy_seconds)
+        memory.copier.start_swap(swap)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,10 +162,12 @@ class RigOptions:
 
     roles: tuple[Role, ...]
     num_blocks: int = 64
+    num_dram_blocks: int = 0
     max_num_seqs: int = 8
     max_num_batched_tokens: int = 16
     handover_timeout: float = 0.2
     step_seconds: float = 0.0
+    copy_seconds: float = 0.0
     max_num_queued_reqs: int = 10_000
 
 
@@ -186,7 +181,8 @@ async def rig(options: RigOptions, policy: Policy | None = None) -> AsyncIterato
         dtype="float32",
         max_model_len=1000,
         block_size=BLOCK_SIZE,
-        kv_cache_bytes=options.num_blocks,
+        kv_cache_bytes=options.num_blocks * SHAPE.block_bytes,
+        dram_cache_bytes=options.num_dram_blocks * SHAPE.block_bytes,
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
         handover_timeout=options.handover_timeout,
@@ -198,7 +194,7 @@ async def rig(options: RigOptions, policy: Policy | None = None) -> AsyncIterato
     async def spawn(
         control: socket.socket, descriptors: socket.socket, _plan: InstancePlan
     ) -> WorkerProcess:
-        workers.append(ThreadWorker(control, descriptors, options.step_seconds))
+        workers.append(ThreadWorker(control, descriptors, options))
         return workers[-1]
 
     plans = [InstancePlan(role=role, cores=[0], engine=engine) for role in options.roles]
@@ -234,8 +230,11 @@ def at_rest(stats: object) -> bool:
 
     assert isinstance(stats, EngineStats)
     assert stats.hbm is not None
-    held = (stats.num_running, stats.num_waiting, stats.num_incoming, stats.hbm.active)
-    return held == (0, 0, 0, 0) and stats.hbm.in_flight == 0
+    held = [stats.num_running, stats.num_waiting, stats.num_incoming]
+    for tier in (stats.hbm, stats.dram):
+        if tier is not None:
+            held += [tier.active, tier.in_flight]
+    return not any(held)
 
 
 def generation(

@@ -1,0 +1,80 @@
+"""The memory of one worker: its arenas, the pool over them, and the thread that copies.
+
+Contract: made once the shape of a block is known; `announce` tells the launcher of it, `map_peer`
+makes a peer's arena readable. `close` waits for copies under way and gives everything back.
+"""
+
+import os
+import queue
+import socket
+
+import msgspec
+
+from memserve.channel import receive_descriptor, send_descriptor
+from memserve.config import EngineConfig
+from memserve.messages import MapPeer
+from memserve.pool.arena import Arena
+from memserve.pool.generations import load_native_blocks
+from memserve.pool.mempool import MemPool
+from memserve.pool.refs import ArenaDescriptor, ArenaLayout, Tier
+from memserve.pool.transfer.memfd import MemfdTransfer
+from memserve.pool.transfer.tiers import TierCopy
+from memserve.workers.copying import Copier
+from memserve.workers.link import Event
+
+
+class WorkerMemory:
+    """Arenas of one instance for blocks of `shape`, whose num_blocks says nothing."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        shape: ArenaLayout,
+        *,
+        instance: int,
+        epoch: int,
+        inbox: "queue.SimpleQueue[Event]",
+    ) -> None:
+        native = load_native_blocks()
+
+        def arena(tier: Tier, num_bytes: int) -> Arena:
+            layout = msgspec.structs.replace(shape, num_blocks=num_bytes // shape.block_bytes)
+            return Arena(layout, instance=instance, epoch=epoch, native=native, tier=tier)
+
+        self.hbm = arena(Tier.HBM, config.kv_cache_bytes)
+        self.dram: Arena | None = None
+        tiers: TierCopy | None = None
+        if config.dram_cache_bytes:
+            self.dram = arena(Tier.DRAM, config.dram_cache_bytes)
+            tiers = TierCopy(self.hbm, self.dram, native)
+        self.pool = MemPool(self.hbm.descriptor, self.hbm.generations, dram=self.dram)
+        self._transfer = MemfdTransfer(self.hbm, native)
+        self.copier = Copier(self._transfer, tiers, inbox)
+
+    @property
+    def descriptors(self) -> list[ArenaDescriptor]:
+        """What peers must know of the arenas, HBM first."""
+        return [arena.descriptor for arena in self._arenas]
+
+    def send_descriptors(self, connection: socket.socket) -> None:
+        """Send the arenas' file descriptors, in the order of `descriptors`."""
+        for arena in self._arenas:
+            send_descriptor(connection, arena.fd)
+
+    def map_peer(self, message: MapPeer, connection: socket.socket) -> None:
+        """Make a peer's arena readable; its file descriptor is the next on `connection`."""
+        descriptor = receive_descriptor(connection)
+        try:
+            self._transfer.map(message.arena, descriptor)
+        finally:
+            os.close(descriptor)
+
+    def close(self) -> None:
+        """Wait for the copies under way, then give the memory back."""
+        self.copier.close()
+        for arena in self._arenas:
+            arena.close()
+
+    @property
+    def _arenas(self) -> list[Arena]:
+        return [self.hbm] if self.dram is None else [self.hbm, self.dram]
