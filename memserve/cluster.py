@@ -254,7 +254,7 @@ class Cluster:
         await instance.start()
         await instance.wait_ready()
         assert instance.ready is not None
-        instance.load.num_cache_blocks = instance.ready.arena.layout.num_blocks
+        instance.load.num_cache_blocks = instance.num_cache_blocks
         logger.info(
             "%s serves: %d tokens of KV cache, %s, %s attention",
             instance.name,

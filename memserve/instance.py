@@ -104,11 +104,16 @@ class Instance:
         return f"{self.role}-{self.number}"
 
     @property
-    def num_cache_tokens(self) -> int:
-        """Tokens whose KV its arena can hold."""
+    def num_cache_blocks(self) -> int:
+        """Blocks of its HBM arena."""
         assert self.ready is not None
-        layout = self.ready.arenas[Tier.HBM].layout
-        return layout.num_blocks * layout.block_size
+        return self.ready.arenas[Tier.HBM].layout.num_blocks
+
+    @property
+    def num_cache_tokens(self) -> int:
+        """Tokens whose KV its HBM arena can hold."""
+        assert self.ready is not None
+        return self.num_cache_blocks * self.ready.arenas[Tier.HBM].layout.block_size
 
     async def start(self) -> None:
         """Start the process and tell it what to run; `Ready` or `StartFailed` comes later."""

@@ -120,4 +120,6 @@ def assert_all_home(server: ServerProcess, seconds: float = 10) -> None:
 
 def at_rest(stats: dict[str, Any]) -> bool:
     held = [stats[name] for name in ("num_running", "num_waiting", "num_incoming")]
-    return [*held, stats["hbm"]["active"], stats["hbm"]["in_flight"]] == [0, 0, 0, 0, 0]
+    for tier in filter(None, (stats["hbm"], stats["dram"])):
+        held += [tier["active"], tier["in_flight"]]
+    return not any(held)

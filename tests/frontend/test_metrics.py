@@ -122,8 +122,8 @@ def test_each_instance_has_its_series_read_at_the_time_of_the_scrape(metrics: Me
     assert found["memserve:prefix_cache_hits_total", "1", "decode"] == 30
     assert found["memserve:num_preemptions_total", "1", "decode"] == 1
     assert found["memserve:pulled_blocks_total", "1", "decode"] == 4
-    assert found["memserve:kv_blocks", "1", "decode", "hbm", "historical"] == 5
-    assert found["memserve:kv_blocks", "1", "decode", "dram", "historical"] == 6
+    assert found["memserve:kv_blocks", "1", "decode", "historical", "hbm"] == 5
+    assert found["memserve:kv_blocks", "1", "decode", "historical", "dram"] == 6
     assert found["memserve:swapped_out_blocks_total", "1", "decode"] == 6
     assert found["memserve:swapped_in_blocks_total", "1", "decode"] == 2
     assert found["memserve:swapped_bytes_total", "1", "decode"] == 8192
