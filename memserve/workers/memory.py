@@ -48,7 +48,7 @@ class WorkerMemory:
             self.dram = arena(Tier.DRAM, config.dram_cache_bytes)
             tiers = TierCopy(self.hbm, self.dram, native)
         self.pool = MemPool(self.hbm.descriptor, self.hbm.generations, dram=self.dram)
-        self._transfer = MemfdTransfer(self.hbm, native)
+        self._transfer = MemfdTransfer(self.hbm, native, dram=self.dram)
         self.copier = Copier(self._transfer, tiers, inbox)
 
     @property

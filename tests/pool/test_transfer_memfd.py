@@ -1,6 +1,7 @@
 """Reads of a peer's arena in another real process: verified, refused, and raced."""
 
 import logging
+import math
 import mmap
 import os
 import socket
@@ -242,19 +243,21 @@ def test_without_a_compiler_only_leased_blocks_are_read_and_the_log_says_so_once
     other.close()
 
 
-def pull_from_a_recycler(copy: NativeBlocks, limit_s: float) -> tuple[int, int, int]:
+def pull_from_a_recycler(
+    copy: NativeBlocks, limit_s: float, *, layout: ArenaLayout = LARGE, enough: float = math.inf
+) -> tuple[int, int, int]:
     """Pull, without a lease, from a process that recycles its blocks as fast as it can.
 
-    Ends after `limit_s` or with the first wrong block. Returns how many blocks were right, refused,
-    and declared good though they were wrong.
+    Ends after `limit_s`, `enough` pulls or the first wrong block. Returns how many blocks were right,
+    refused, and declared good though they were wrong.
     """
-    arena = new_arena(LARGE)
+    arena = new_arena(layout)
     transfer = MemfdTransfer(arena, copy)
     right = refused = wrong = 0
-    with peer(recycles_blocks, LARGE) as (connection, descriptor, fd, _):
+    with peer(recycles_blocks, layout) as (connection, descriptor, fd, _):
         transfer.map(descriptor, fd)
         deadline = time.monotonic() + limit_s
-        while time.monotonic() < deadline and not wrong:
+        while time.monotonic() < deadline and not wrong and right + refused < enough:
             message = connection.recv(4096)
             while newer := drain(connection):
                 message = newer
@@ -281,6 +284,18 @@ def test_a_pull_that_loses_the_race_with_reuse_is_refused_and_never_wrong() -> N
     assert wrong == 0
     assert right > 0
     assert refused > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_hundred_thousand_pulls_in_a_race_yield_no_wrong_block() -> None:
+    medium = ArenaLayout(4, 4, 16, 8, 64, "float32")  # blocks of 256 KiB
+    right, refused, wrong = pull_from_a_recycler(
+        native_blocks(), limit_s=550, layout=medium, enough=100_000
+    )
+    assert wrong == 0
+    assert right + refused >= 100_000
+    assert refused >= 1_000
 
 
 def test_without_the_second_look_the_same_race_yields_wrong_blocks() -> None:

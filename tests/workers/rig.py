@@ -12,8 +12,9 @@ import dataclasses
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import ParamSpec
 
 import numpy as np
 import torch
@@ -24,13 +25,14 @@ from memserve.generation import Generation
 from memserve.instance import InstancePlan, WorkerProcess
 from memserve.messages import Configure, Ready, SamplingParams
 from memserve.model.sampling import Sampled
-from memserve.pool.pending import Swap
 from memserve.pool.refs import ArenaLayout
 from memserve.scheduler.placement import Policy, Role
 from memserve.workers.engine import Engine
 from memserve.workers.link import Link
 from memserve.workers.memory import WorkerMemory
 from memserve.workers.sequence import Slice
+
+P = ParamSpec("P")
 
 BLOCK_SIZE = 4
 VOCABULARY = 50
@@ -139,8 +141,8 @@ class ThreadWorker:
             link,
             memory.pool,
             OracleRunner(memory.hbm.tensor, self._options.step_seconds),
-            start_copy=memory.copier.start,
-            start_swap=lambda swap: self._start_swap(memory, swap),
+            start_copy=held(memory, memory.copier.start, self._options.copy_seconds),
+            start_swap=held(memory, memory.copier.start_swap, self._options.copy_seconds),
             map_peer=lambda message: memory.map_peer(message, self._descriptors),
         )
         memory.send_descriptors(self._descriptors)
@@ -150,10 +152,15 @@ class ThreadWorker:
         finally:
             memory.close()
 
-    def _start_swap(self, memory: WorkerMemory, swap: Swap) -> None:
-        if self._options.copy_seconds:  # on the copy thread, which runs one thing after another
-            memory.copier._thread.submit(time.sleep, self._options.copy_seconds)
-        memory.copier.start_swap(swap)
+
+def held(memory: WorkerMemory, start: Callable[P, None], seconds: float) -> Callable[P, None]:
+    """`start`, but the copy thread sleeps before each copy."""
+
+    def start_later(*args: P.args, **kwargs: P.kwargs) -> None:
+        memory.copier._thread.submit(time.sleep, seconds)
+        start(*args, **kwargs)
+
+    return start_later if seconds else start
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ are the content the reference names; allocation, pinning and leases are its call
 from collections.abc import Sequence
 from typing import Protocol
 
-from memserve.pool.refs import ArenaDescriptor, BlockRef
+from memserve.pool.refs import ArenaDescriptor, BlockRef, Tier
 
 
 class Transfer(Protocol):
@@ -35,9 +35,14 @@ class Transfer(Protocol):
         ...
 
     def read(
-        self, refs: Sequence[BlockRef], into: Sequence[int], *, leased: bool = False
+        self,
+        refs: Sequence[BlockRef],
+        into: Sequence[int],
+        *,
+        leased: bool = False,
+        tier: Tier = Tier.HBM,
     ) -> list[bool]:
-        """Copy the block that `refs[i]` names into local block `into[i]`.
+        """Copy the block that `refs[i]` names into block `into[i]` of the local arena of `tier`.
 
         Returns for each whether it held the named generation before and after its copy; where not,
         the local block holds bytes of no meaning. `leased` promises that the owners keep these

@@ -24,7 +24,7 @@ from memserve.pool.header import (
     check_header,
     total_bytes,
 )
-from memserve.pool.refs import ArenaDescriptor, BlockRef
+from memserve.pool.refs import ArenaDescriptor, BlockRef, Tier
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +70,11 @@ class _PeerArena:
 class MemfdTransfer:
     """The backend `memfd` of `Transfer`."""
 
-    def __init__(self, arena: LocalArena, native: NativeBlocks | None) -> None:
+    def __init__(
+        self, arena: LocalArena, native: NativeBlocks | None, *, dram: LocalArena | None = None
+    ) -> None:
         self._arena = arena
+        self._dram = dram
         self._native = native
         self._peers: dict[tuple[int, int], _PeerArena] = {}  # by (instance, tier)
         if native is None:
@@ -115,14 +118,22 @@ class MemfdTransfer:
             del self._peers[key]
 
     def read(
-        self, refs: Sequence[BlockRef], into: Sequence[int], *, leased: bool = False
+        self,
+        refs: Sequence[BlockRef],
+        into: Sequence[int],
+        *,
+        leased: bool = False,
+        tier: Tier = Tier.HBM,
     ) -> list[bool]:
         """See `Transfer.read`."""
+        arena = self._arena if tier is Tier.HBM else self._dram
+        if arena is None:
+            raise PoolError("there is no DRAM tier to read into")
         if len(refs) != len(into):
             raise PoolError(f"{len(refs)} blocks can't be read into {len(into)}")
         if self._native is None and not leased:
             raise PoolError("without a compiled block copy only leased blocks can be read")
-        num_local = self._arena.descriptor.layout.num_blocks
+        num_local = arena.descriptor.layout.num_blocks
         if not all(0 <= block < num_local for block in into):
             raise PoolError(f"a destination is outside the arena's {num_local} blocks")
         by_peer: dict[_PeerArena, list[int]] = {}
@@ -131,9 +142,8 @@ class MemfdTransfer:
         ok = [False] * len(refs)
         for peer, places in by_peer.items():
             chosen = [refs[i] for i in places]
-            for i, flag in zip(
-                places, self._copy(peer, chosen, [into[i] for i in places]), strict=True
-            ):
+            copied = self._copy(peer, chosen, arena, [into[i] for i in places])
+            for i, flag in zip(places, copied, strict=True):
                 ok[i] = flag
         return ok
 
@@ -148,11 +158,13 @@ class MemfdTransfer:
             raise StaleReference(f"{ref}: a generation has 32 bits")
         return peer
 
-    def _copy(self, peer: _PeerArena, refs: Sequence[BlockRef], into: Sequence[int]) -> list[bool]:
+    def _copy(
+        self, peer: _PeerArena, refs: Sequence[BlockRef], arena: LocalArena, into: Sequence[int]
+    ) -> list[bool]:
         block_bytes = peer.descriptor.layout.block_bytes
         if self._native is not None:
             return self._native.copy(
-                self._arena.address,
+                arena.address,
                 np.array(into, dtype=np.int64),
                 peer.address,
                 np.array([ref.block for ref in refs], dtype=np.int64),
@@ -163,7 +175,7 @@ class MemfdTransfer:
         ok = []
         for ref, block in zip(refs, into, strict=True):
             ctypes.memmove(
-                self._arena.address + block * block_bytes,
+                arena.address + block * block_bytes,
                 peer.address + ref.block * block_bytes,
                 block_bytes,
             )
