@@ -10,14 +10,16 @@ Runs on one event loop and imports no torch. It does not parse requests and does
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from typing import assert_never
+from dataclasses import dataclass
+from typing import Any, assert_never
 
-from memserve.errors import InvalidRequest, Overloaded, RequestError, RequestFailed
+from memserve.elastic import drain, join
+from memserve.errors import ChannelClosed, InvalidRequest, Overloaded, RequestError, RequestFailed
 from memserve.generation import ChoiceToken, Generation
 from memserve.instance import Instance, InstancePlan, Spawn, spawn_process
+from memserve.membership import Membership
 from memserve.messages import (
     Abort,
     Declined,
@@ -25,6 +27,8 @@ from memserve.messages import (
     Heartbeat,
     Inspect,
     Inspection,
+    PoolAnswer,
+    PoolCall,
     Published,
     Pulled,
     Ready,
@@ -38,28 +42,14 @@ from memserve.messages import (
     ToLauncher,
     Withdrawn,
 )
+from memserve.pool.remote import PoolReply, PoolRequest, RemotePool
+from memserve.questions import Questions
 from memserve.scheduler.placement import LeastWork, Placement, Policy
+from memserve.stream import Stream
 
 logger = logging.getLogger(__name__)
 
 INSPECT_TIMEOUT_S = 30.0
-
-
-@dataclass(slots=True, eq=False)
-class Stream:
-    """One dispatched choice: who works on it, and where its tokens go."""
-
-    ticket: int
-    choice: int
-    num_uncached_tokens: int
-    prefill: Instance
-    decode: Instance
-    outlet: "asyncio.Queue[ChoiceToken | RequestError]"
-    owner: Instance
-    """Whose tokens count; the prefill instance until the decode instance has pulled."""
-    holders: set[int] = field(default_factory=set)
-    """Instances that hold something for the ticket."""
-    num_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,15 +71,19 @@ class Cluster:
         policy: Policy | None = None,
         spawn: Spawn = spawn_process,
     ) -> None:
-        self.instances = [Instance(number, 1, plan, spawn) for number, plan in enumerate(plans)]
+        self._members = Membership(plans, spawn)
+        self.pool = RemotePool(self)
         self._policy = policy or LeastWork(plans[0].engine.block_size)
         self._max_num_queued_reqs = max_num_queued_reqs
         self._tickets = itertools.count(1)
-        self._queries = itertools.count(1)
         self._streams: dict[int, Stream] = {}
         self._streams_by_request: dict[str, list[Stream]] = {}
-        self._inspections: dict[int, asyncio.Future[Inspection]] = {}
+        self._inspections: Questions[Inspection] = Questions()
+        self._calls: Questions[PoolReply] = Questions()
         self._lost: dict[int, str] = {}
+        self._released = asyncio.Event()
+        """Set whenever an instance has one stream less to work on."""
+        self._tasks: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator["Cluster"]:
@@ -97,15 +91,22 @@ class Cluster:
 
         Raises `UsageError` with the first worker's reason if any of them can't start.
         """
-        await self._start_all()
-        readers = [asyncio.create_task(self._read(instance)) for instance in self.instances]
+        await self._members.start_all()
+        for instance in self.instances:
+            self.in_background(self._read(instance))
         try:
             yield self
         finally:
-            for reader in readers:
-                reader.cancel()
-            await asyncio.gather(*readers, return_exceptions=True)
-            await self._stop()
+            tasks = list(self._tasks)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._members.stop_all()
+
+    @property
+    def instances(self) -> list[Instance]:
+        """All that have not left."""
+        return self._members.instances
 
     @property
     def num_requests(self) -> int:
@@ -147,28 +148,68 @@ class Cluster:
 
     async def inspect(self) -> list[InstanceReport]:
         """Every instance's books, recounted by itself."""
-        asked = []
-        for instance in self.instances:
-            if instance.number not in self._lost:
-                query = next(self._queries)
-                self._inspections[query] = asyncio.get_running_loop().create_future()
-                instance.send(Inspect(query))
-                asked.append((instance, query))
-        try:
-            async with asyncio.timeout(INSPECT_TIMEOUT_S):
-                return [
-                    InstanceReport(instance.name, await self._inspections[query])
-                    for instance, query in asked
-                ]
-        finally:
-            for _, query in asked:
-                self._inspections.pop(query).cancel()
+        present = [one for one in self.instances if one.number not in self._lost]
+        async with asyncio.timeout(INSPECT_TIMEOUT_S):
+            found = await asyncio.gather(
+                *(self._inspections.ask(instance, Inspect) for instance in present)
+            )
+        return [
+            InstanceReport(instance.name, inspection)
+            for instance, inspection in zip(present, found, strict=True)
+        ]
 
     def reset_prefix_cache(self) -> None:
         """Make every instance drop the history that no request is using."""
         for instance in self.instances:
             instance.send(ResetPrefixCache())
             self._policy.forget(instance.number)
+
+    async def call(self, instance: int, request: PoolRequest) -> PoolReply:
+        """See `memserve.pool.remote.Control.call`."""
+        if instance not in self._members.by_number:
+            raise ChannelClosed(f"there is no instance {instance}")
+        return await self._calls.ask(
+            self._members.by_number[instance], lambda number: PoolCall(number, request)
+        )
+
+    # Members
+
+    async def drain(self, number: int) -> int:
+        """See `memserve.elastic.drain`."""
+        return await drain(self, number)
+
+    async def join(self, role: str) -> str:
+        """See `memserve.elastic.join`."""
+        return await join(self, role)
+
+    async def add(self, plan: InstancePlan) -> Instance:
+        """Start one more worker and let it serve. Raises `UsageError` if it can't start."""
+        instance = await self._members.add(plan)
+        self.in_background(self._read(instance))
+        return instance
+
+    async def release(self, instance: Instance) -> None:
+        """Give an instance no new work, and return when what it has is done."""
+        instance.leaving = True
+        while any(instance.number in stream.holders for stream in self._streams.values()):
+            self._released.clear()
+            await self._released.wait()
+
+    def learn(self, number: int, tokens: list[int], salt: str) -> None:
+        """An instance holds this prefix now; the policy should know."""
+        self._policy.learn(self._members.by_number[number].load, tokens, salt)
+
+    async def remove(self, instance: Instance) -> None:
+        """Stop an instance that has no work, and let its peers forget it."""
+        self._policy.forget(instance.number)
+        await self._members.remove(instance)
+
+    def in_background(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        """Run something until it ends or the cluster does."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     # Requests
 
@@ -185,7 +226,7 @@ class Cluster:
                 f"prompt and answer may take {num_tokens} tokens, but the KV cache of a worker "
                 f"holds {self.max_sequence_tokens}"
             )
-        loads = [instance.load for instance in self.instances]
+        loads = [instance.load for instance in self.instances if not instance.leaving]
         return self._policy.place(generation.prompt, generation.cache_salt, loads)
 
     def _dispatch(
@@ -196,8 +237,8 @@ class Cluster:
         outlet: "asyncio.Queue[ChoiceToken | RequestError]",
     ) -> Stream:
         """Register one choice and send its work."""
-        prefill = self.instances[placement.prefill]
-        decode = self.instances[placement.decode]
+        prefill = self._members.by_number[placement.prefill]
+        decode = self._members.by_number[placement.decode]
         ticket = next(self._tickets)
         prompt, sampling, salt = generation.prompt, generation.sampling, generation.cache_salt
         # The first choice computes the prompt, the others find it cached.
@@ -222,7 +263,8 @@ class Cluster:
             stream.prefill.load.num_prefill_tokens -= stream.num_uncached_tokens
         stream.decode.load.num_sequences -= 1
         for number in stream.holders:
-            self.instances[number].send(Abort(stream.ticket))
+            self._members.by_number[number].send(Abort(stream.ticket))
+        self._released.set()
 
     async def _tokens(
         self, streams: list[Stream], outlet: "asyncio.Queue[ChoiceToken | RequestError]"
@@ -236,38 +278,6 @@ class Cluster:
 
     # Workers
 
-    async def _start_all(self) -> None:
-        """Start all workers at once and let them map each other's arenas."""
-        try:
-            async with asyncio.TaskGroup() as starting:
-                for instance in self.instances:
-                    starting.create_task(self._start(instance))
-        except BaseException as error:
-            await self._stop()
-            if isinstance(error, BaseExceptionGroup):
-                raise error.exceptions[0] from None
-            raise
-        for instance, peer in itertools.permutations(self.instances, 2):
-            instance.introduce(peer)
-
-    async def _start(self, instance: Instance) -> None:
-        await instance.start()
-        await instance.wait_ready()
-        assert instance.ready is not None
-        instance.load.num_cache_blocks = instance.num_cache_blocks
-        logger.info(
-            "%s serves: %d tokens of KV cache, %s, %s attention",
-            instance.name,
-            instance.num_cache_tokens,
-            instance.ready.dtype,
-            instance.ready.attention,
-        )
-
-    async def _stop(self) -> None:
-        async with asyncio.TaskGroup() as stopping:
-            for instance in self.instances:
-                stopping.create_task(instance.stop())
-
     async def _read(self, instance: Instance) -> None:
         async for batch in instance.messages():
             for message in batch:
@@ -276,12 +286,16 @@ class Cluster:
 
     def _lose(self, instance: Instance) -> None:
         """A worker has gone: fail what it worked on."""
+        if instance.number not in self._members.by_number:
+            return  # it was asked to leave
         reason = f"worker {instance.name} has died"
         logger.error("%s", reason)
         self._lost[instance.number] = reason
         for stream in list(self._streams.values()):
             if instance.number in stream.holders:
                 self._fail(stream, RequestFailed(reason))
+        self._inspections.lose(instance)
+        self._calls.lose(instance)
 
     def _handle(self, instance: Instance, message: ToLauncher) -> None:
         match message:
@@ -302,8 +316,9 @@ class Cluster:
                 instance.stats = stats
             case Inspection(query, stats):
                 instance.stats = stats
-                if query in self._inspections:
-                    self._inspections[query].set_result(message)
+                self._inspections.answer(query, message)
+            case PoolAnswer(number, reply):
+                self._calls.answer(number, reply)
             case Ready() | StartFailed():
                 raise AssertionError("a worker starts once")
             case _:
@@ -332,6 +347,7 @@ class Cluster:
         if stream is not None and stream.decode is not stream.prefill:
             stream.owner = stream.decode
             stream.holders.discard(stream.prefill.number)
+            self._released.set()
             stream.prefill.send(Settle(ticket, accepted=True))
 
     def _declined(self, instance: Instance, ticket: int) -> None:
@@ -349,6 +365,7 @@ class Cluster:
             self._decode_where_prefilled(stream)
 
     def _decode_where_prefilled(self, stream: Stream) -> None:
+        self._released.set()
         stream.decode.load.num_sequences -= 1
         stream.prefill.load.num_sequences += 1
         stream.decode = stream.prefill

@@ -86,6 +86,8 @@ class Instance:
         self.plan = plan
         self._spawn = spawn
         self.load = Load(number, plan.role)
+        self.leaving = False
+        """Whether it gets no new work."""
         self.stats = EngineStats()
         self.ready: Ready | None = None
         self.process: WorkerProcess | None = None
@@ -108,6 +110,12 @@ class Instance:
         """Blocks of its HBM arena."""
         assert self.ready is not None
         return self.ready.arenas[Tier.HBM].layout.num_blocks
+
+    @property
+    def num_history_blocks(self) -> int:
+        """Blocks of all its tiers."""
+        assert self.ready is not None
+        return sum(arena.layout.num_blocks for arena in self.ready.arenas)
 
     @property
     def num_cache_tokens(self) -> int:

@@ -25,6 +25,7 @@ import msgspec
 
 from memserve.config import EngineConfig
 from memserve.pool.refs import ArenaDescriptor, BlockRef, TierStats
+from memserve.pool.remote import PoolReply, PoolRequest
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -125,6 +126,19 @@ class ResetPrefixCache(msgspec.Struct, frozen=True, tag=True):
     """Drop every historical block that no request is using."""
 
 
+class PoolCall(msgspec.Struct, frozen=True, tag=True):
+    """A call of the worker's pool; answered with a `PoolAnswer` of the same number."""
+
+    number: int
+    request: PoolRequest
+
+
+class ReleasePeer(msgspec.Struct, frozen=True, tag=True):
+    """Forget the arenas of an instance that has left."""
+
+    instance: int
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """Leave."""
 
@@ -186,6 +200,13 @@ class Withdrawn(msgspec.Struct, frozen=True, tag=True):
     ticket: int
 
 
+class PoolAnswer(msgspec.Struct, frozen=True, tag=True):
+    """The answer to a `PoolCall`."""
+
+    number: int
+    reply: PoolReply
+
+
 class Rejected(msgspec.Struct, frozen=True, tag=True):
     """The worker can't run a ticket; the sentence is for the client, status 400 or 500."""
 
@@ -244,6 +265,8 @@ ToWorker: TypeAlias = (
     | Published
     | Inspect
     | ResetPrefixCache
+    | PoolCall
+    | ReleasePeer
     | Shutdown
 )
 ToLauncher: TypeAlias = (
@@ -255,6 +278,7 @@ ToLauncher: TypeAlias = (
     | Declined
     | Withdrawn
     | Rejected
+    | PoolAnswer
     | Heartbeat
     | Inspection
 )

@@ -11,6 +11,8 @@ once. Starting the cluster, and listening, are the caller's.
     GET  /metrics    Prometheus
     POST /reset_prefix_cache
     GET  /admin/pool the instances' books, recounted
+    POST /admin/instances                 ?role=mixed: start one more
+    POST /admin/instances/{number}/drain  let one leave; its history goes to the others
 """
 
 import itertools
@@ -73,6 +75,8 @@ def create_app(service: Service, tokenizer: Tokenizer, settings: ServerSettings)
             web.get("/metrics", metrics),
             web.post("/reset_prefix_cache", reset_prefix_cache),
             web.get("/admin/pool", inspect_pool),
+            web.post("/admin/instances", join_instance),
+            web.post("/admin/instances/{number:[0-9]+}/drain", drain_instance),
         ]
     )
     return app
@@ -166,3 +170,16 @@ async def inspect_pool(request: web.Request) -> web.Response:
         for report in reports
     ]
     return json_response({"instances": instances})
+
+
+async def join_instance(request: web.Request) -> web.Response:
+    """POST /admin/instances?role=...: start one more instance of this role."""
+    name = await request.app[FRONTEND].service.join(request.query.get("role", "mixed"))
+    return json_response({"name": name})
+
+
+async def drain_instance(request: web.Request) -> web.Response:
+    """POST /admin/instances/{number}/drain: returns when the instance has left."""
+    number = int(request.match_info["number"])
+    num_blocks = await request.app[FRONTEND].service.drain(number)
+    return json_response({"moved_blocks": num_blocks})

@@ -10,7 +10,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from memserve.errors import RequestError, RequestFailed
+from memserve.errors import NotFound, RequestError, RequestFailed
 from memserve.generation import ChoiceToken, Generation
 from memserve.messages import EngineStats, Inspection, TokenEvent
 from memserve.model import prepared
@@ -136,6 +136,14 @@ class ScriptedGenerator:
 
     def reset_prefix_cache(self) -> None:
         self.num_resets += 1
+
+    async def drain(self, number: int) -> int:
+        if number > 1:
+            raise NotFound(f"there is no instance {number}")
+        return 7
+
+    async def join(self, role: str) -> str:
+        return f"{role}-2"
 
     async def _tokens(self, generation: Generation) -> AsyncIterator[ChoiceToken]:
         running = {

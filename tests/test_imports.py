@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "memserve"
 # A module may import those that stand on an earlier line, and its neighbours in one package.
 LAYERS = [
     {"memserve", "errors", "paths", "machine", "pool.refs"},
-    {"config", "native", "model.spec"},
+    {"config", "native", "model.spec", "pool.remote"},
     {"messages"},
     {"generation", "channel", "pool"},
     {"scheduler"},
@@ -23,13 +23,14 @@ LAYERS = [
     {"openai"},
     {"frontend"},
     {"server", "instance"},
+    {"elastic", "membership", "questions", "stream"},
     {"cluster"},
     {"launcher", "chat"},
     {"cli", "bench"},
     {"__main__"},
 ]
 WORKER_ONLY = {"workers", "model", "pool"}
-SHARED = {"model.prepared", "model.spec", "pool.refs", "pool.index"}
+SHARED = {"model.prepared", "model.spec", "pool.refs", "pool.index", "pool.remote"}
 
 
 def module_name(path: Path) -> str:

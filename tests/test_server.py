@@ -778,6 +778,15 @@ async def test_the_pool_can_be_inspected_and_its_history_dropped(served: Served)
     assert served.generator.num_resets == 1
 
 
+async def test_instances_join_and_leave_on_command(served: Served) -> None:
+    async with served.http.post(served.url + "/admin/instances?role=prefill") as response:
+        assert await response.json() == {"name": "prefill-2"}
+    async with served.http.post(served.url + "/admin/instances/1/drain") as response:
+        assert await response.json() == {"moved_blocks": 7}
+    async with served.http.post(served.url + "/admin/instances/9/drain") as response:
+        assert response.status == 404
+
+
 async def test_only_the_key_opens_the_server(
     tokenizer: Tokenizer, generator: ScriptedGenerator
 ) -> None:

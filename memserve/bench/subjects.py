@@ -67,6 +67,7 @@ class EngineSubject:
             Runner(model, arena.tensor, eos_token_ids=config.eos_token_ids),
             start_copy=_no_peer,
             start_swap=_no_peer,
+            start_pull=_no_peer,
             map_peer=_no_peer,
         )
         self._tickets = itertools.count()

@@ -65,6 +65,14 @@ class Service(Generator, Protocol):
         """Drop every historical block that no request is using."""
         ...
 
+    async def drain(self, number: int) -> int:
+        """Let an instance leave when its work is done; blocks of its history that others took."""
+        ...
+
+    async def join(self, role: str) -> str:
+        """Start one more instance of this role; its name."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings:

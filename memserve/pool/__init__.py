@@ -1,4 +1,10 @@
-"""The memory pool: KV blocks in an arena, their index, and reads of other instances' arenas.
+"""The memory pool: KV blocks on two tiers, their index, and reads of other instances' arenas.
+
+The paper's nine calls (Table 1). On the own instance they are methods of `MemPool`, at once: `alloc_mem
+free_mem insert match delete swap_out swap_in`, besides `audit` and `stats`; the module
+`memserve.pool.mempool` holds the contract. On another instance they are coroutines of `RemotePool`:
+`alloc_mem free_mem transfer transfer_with_insert`, answered there by a `PoolService`. `MemfdTransfer`
+and `TierCopy` move the bytes.
 
 Names are imported when first used, so that `memserve.pool.index` and `memserve.pool.refs` serve
 processes that must not load torch.
@@ -15,8 +21,11 @@ if TYPE_CHECKING:
     from memserve.pool.mempool import MemPool, PoolStats
     from memserve.pool.pending import Match, Swap
     from memserve.pool.refs import ArenaDescriptor, ArenaLayout, BlockRef, Tier, TierStats
+    from memserve.pool.remote import Control, Kind, RemotePool
+    from memserve.pool.service import PoolService
     from memserve.pool.transfer import Transfer
     from memserve.pool.transfer.memfd import MemfdTransfer
+    from memserve.pool.transfer.tiers import TierCopy
 
 __all__ = [
     "Arena",
@@ -24,14 +33,19 @@ __all__ = [
     "ArenaLayout",
     "BlockAllocator",
     "BlockRef",
+    "Control",
+    "Kind",
     "Match",
     "MemPool",
     "MemfdTransfer",
     "NativeBlocks",
+    "PoolService",
     "PoolStats",
     "RadixIndex",
+    "RemotePool",
     "Swap",
     "Tier",
+    "TierCopy",
     "TierStats",
     "Transfer",
     "load_native_blocks",
@@ -54,8 +68,13 @@ _MODULE_BY_NAME = {
     "BlockRef": "refs",
     "Tier": "refs",
     "TierStats": "refs",
+    "Control": "remote",
+    "Kind": "remote",
+    "RemotePool": "remote",
+    "PoolService": "service",
     "Transfer": "transfer",
     "MemfdTransfer": "transfer.memfd",
+    "TierCopy": "transfer.tiers",
 }
 
 

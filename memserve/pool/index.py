@@ -165,6 +165,18 @@ class RadixIndex(Generic[V]):
                 moved += self._promote(edge, new_by_old, level)
         return moved
 
+    def hottest(self) -> Iterator[tuple[str, bytes, list[V]]]:
+        """Salt, packed tokens and values of every prefix that ends an edge.
+
+        Most recently used first, faster levels before slower ones, and every prefix after those
+        that it continues.
+        """
+        for order in self._tree.orders:
+            for edge in reversed(order):
+                path = [*reversed([*edge.ancestors()]), edge]
+                values = [value for step in path for value in step.values]
+                yield edge.salt, b"".join(step.key for step in path), values
+
     def __iter__(self) -> Iterator[tuple[str, bytes, V]]:
         """Each value with its salt and the packed tokens of the whole prefix that it ends."""
         roots = self._tree.roots.values()

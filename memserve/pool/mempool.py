@@ -26,6 +26,7 @@ copy thread reports to the loop, which settles. This class moves no bytes and kn
 instances are not its business.
 """
 
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -248,6 +249,23 @@ class MemPool:
             else:
                 self._blocks.acquire(into)
             return self._start(Swap(self, list(blocks), list(into), Tier.HBM))
+
+    def history(self, num_blocks: int) -> list[tuple[str, list[int], list[int]]]:
+        """Salt, tokens and blocks of the prefixes used last, `num_blocks` different blocks in all.
+
+        Every prefix comes after those that it continues.
+        """
+        found = []
+        seen: set[int] = set()
+        for salt, packed, blocks in self._index.hottest():
+            new = [block for block in blocks if block not in seen]
+            keep = len(blocks) - max(0, len(seen) + len(new) - num_blocks)
+            seen.update(blocks[:keep])
+            tokens = array("i", packed[: 4 * self.block_size * keep]).tolist()
+            found.append((salt, tokens, blocks[:keep]))
+            if len(seen) >= num_blocks:
+                break
+        return found
 
     def refs(self, blocks: Sequence[int]) -> list[BlockRef]:
         """References to the present content of these blocks, for other instances.

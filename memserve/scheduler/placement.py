@@ -69,6 +69,10 @@ class Policy(Protocol):
         """The instance's cache is empty."""
         ...
 
+    def learn(self, load: Load, tokens: list[int], salt: str) -> None:
+        """This instance's cache holds these tokens, though it was not sent them."""
+        ...
+
 
 class LeastWork:
     """Prefill where the prompt is computed first, decode where the fewest sequences run.
@@ -111,6 +115,10 @@ class LeastWork:
     def forget(self, instance: int) -> None:
         """See `Policy.forget`."""
         self._prompts.forget(instance)
+
+    def learn(self, load: Load, tokens: list[int], salt: str) -> None:
+        """See `Policy.learn`."""
+        self._prompts.record(load.instance, tokens, salt, num_blocks=load.num_cache_blocks)
 
     def _least(self, loads: Iterable[Load], weight: Callable[[Load], int]) -> Load:
         chosen = min(loads, key=lambda load: (weight(load), load.last_chosen), default=None)

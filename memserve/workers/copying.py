@@ -1,8 +1,8 @@
 """The copy thread: pulls blocks out of other arenas while the engine computes.
 
 One thread, one copy after another, in the order asked. Blocks are marked as in flight before a copy
-is asked for, and unmarked when its end (`CopyDone`, `SwapDone`) arrives at the inbox, whatever became
-of the request. What is pulled from another instance is kept by its owner until the handover is
+is asked for, and unmarked when its end (`CopyDone`, `PullDone`, `SwapDone`) arrives at the inbox,
+whatever became of the request. What is handed over is kept by its owner until the handover is
 settled (a lease), or withdrawn, which changes its generation.
 """
 
@@ -12,10 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 from memserve.errors import PoolError
 from memserve.pool.pending import Swap
-from memserve.pool.refs import BlockRef
+from memserve.pool.refs import BlockRef, Tier
 from memserve.pool.transfer.memfd import MemfdTransfer
 from memserve.pool.transfer.tiers import TierCopy
-from memserve.workers.link import CopyDone, Event, SwapDone
+from memserve.workers.link import CopyDone, Event, PullDone, SwapDone
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,10 @@ class Copier:
         """Copy `refs` into the local blocks `into`; ends in exactly one `CopyDone`."""
         self._thread.submit(self._copy, ticket, indexes, refs, into)
 
+    def start_pull(self, number: int, refs: list[BlockRef], into: list[int], tier: Tier) -> None:
+        """Copy `refs` into these blocks of a tier's arena for a pool call; ends in one `PullDone`."""
+        self._thread.submit(self._pull, number, refs, into, tier)
+
     def start_swap(self, swap: Swap) -> None:
         """Copy a swap's blocks; ends in exactly one `SwapDone`."""
         self._thread.submit(self._swap, swap)
@@ -44,12 +48,18 @@ class Copier:
         self._thread.shutdown()
 
     def _copy(self, ticket: int, indexes: list[int], refs: list[BlockRef], into: list[int]) -> None:
+        self._inbox.put(CopyDone(ticket, indexes, into, self._read(refs, into, Tier.HBM)))
+
+    def _pull(self, number: int, refs: list[BlockRef], into: list[int], tier: Tier) -> None:
+        self._inbox.put(PullDone(number, self._read(refs, into, tier)))
+
+    def _read(self, refs: list[BlockRef], into: list[int], tier: Tier) -> list[bool]:
         try:
-            verified = self._transfer.read(refs, into, leased=self._transfer.needs_lease)
+            leased = self._transfer.needs_lease
+            return self._transfer.read(refs, into, leased=leased, tier=tier)
         except PoolError as error:
-            logger.warning("ticket %d: pull refused: %s", ticket, error)
-            verified = [False] * len(refs)
-        self._inbox.put(CopyDone(ticket, indexes, into, verified))
+            logger.warning("a pull was refused: %s", error)
+            return [False] * len(refs)
 
     def _swap(self, swap: Swap) -> None:
         assert self._tiers is not None

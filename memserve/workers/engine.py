@@ -24,7 +24,10 @@ from memserve.messages import (
     Inspect,
     Inspection,
     MapPeer,
+    PoolAnswer,
+    PoolCall,
     Published,
+    ReleasePeer,
     ResetPrefixCache,
     Settle,
     Shutdown,
@@ -35,10 +38,11 @@ from memserve.messages import (
 from memserve.model.sampling import Sampled
 from memserve.pool.mempool import MemPool
 from memserve.pool.refs import TierStats
+from memserve.pool.service import PoolService, StartPull
 from memserve.workers.batching import Batcher
 from memserve.workers.claims import Claims
 from memserve.workers.handover import Arrivals, Departures, StartCopy
-from memserve.workers.link import CopyDone, Event, Hangup, Link, SwapDone
+from memserve.workers.link import CopyDone, Event, Hangup, Link, PullDone, SwapDone
 from memserve.workers.sequence import Sequence, Slice
 from memserve.workers.swapping import StartSwap, Swapper
 
@@ -67,7 +71,8 @@ class Engine:
         *,
         start_copy: StartCopy,
         start_swap: StartSwap,
-        map_peer: Callable[[MapPeer], None],
+        start_pull: StartPull,
+        map_peer: Callable[[MapPeer | ReleasePeer], None],
     ) -> None:
         self._link = link
         self._pool = pool
@@ -75,6 +80,9 @@ class Engine:
         self._eos_token_ids = frozenset(config.eos_token_ids)
         self._map_peer = map_peer
         self._swapper = Swapper(pool, start_swap)
+        self._service = PoolService(
+            pool, lambda number, reply: link.send(PoolAnswer(number, reply)), start_pull
+        )
         claims = Claims(pool, self._swapper)
         self._batcher = Batcher(
             pool,
@@ -116,6 +124,7 @@ class Engine:
         now = time.monotonic()
         self._departures.expire(now)
         self._arrivals.expire(now)
+        self._service.expire(now)
         self._arrivals.reserve()
         self._swapper.tend()
         slices = self._batcher.schedule()
@@ -137,7 +146,7 @@ class Engine:
 
     def _patience(self) -> float:
         """Seconds that an idle engine may sleep before a deadline or a heartbeat wants it."""
-        return 0.05 if self._departures or self._arrivals else HEARTBEAT_S
+        return 0.05 if self._departures or self._arrivals or self._service else HEARTBEAT_S
 
     def _handle(self, event: Event) -> None:
         match event:
@@ -149,6 +158,10 @@ class Engine:
                 self._arrivals.published(event, time.monotonic())
             case CopyDone():
                 self._arrivals.copied(event)
+            case PoolCall(number, request):
+                self._service.handle(number, request, time.monotonic())
+            case PullDone(number, verified):
+                self._service.pulled(number, verified, time.monotonic())
             case SwapDone(swap):
                 swap.commit()
                 self._batcher.loaded(swap)
@@ -158,7 +171,7 @@ class Engine:
                 self._departures.abort(ticket)
                 self._arrivals.abort(ticket)
                 self._batcher.abort(ticket)
-            case MapPeer():
+            case MapPeer() | ReleasePeer():
                 self._map_peer(event)
             case Inspect(query):
                 self._link.send(Inspection(query, self.stats(), self.audit()))
@@ -243,7 +256,10 @@ class Engine:
 
     def audit(self) -> list[str]:
         """Recount every block from scratch; the problems found, none when the books are right."""
-        holdings: dict[str, Items[int]] = {"arrivals": self._arrivals.blocks}
+        holdings: dict[str, Items[int]] = {
+            "arrivals": self._arrivals.blocks,
+            "others": self._service.blocks,
+        }
         held = (*self._batcher.running, *self._batcher.loading, *self._departures.sequences)
         for sequence in held:
             holdings[f"ticket {sequence.ticket}"] = sequence.blocks
@@ -252,6 +268,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """Counters since start and gauges of now."""
         pool = self._pool.stats()
+        num_pulled = self._arrivals.num_pulled_blocks + self._service.num_pulled_blocks
         block_bytes = self._pool.descriptor.layout.block_bytes
         return EngineStats(
             num_running=len(self._batcher.running),
@@ -263,8 +280,8 @@ class Engine:
             num_decode_tokens=self._num_decode_tokens,
             num_cached_tokens=pool.hit_tokens,
             num_queried_tokens=pool.queried_tokens,
-            num_pulled_blocks=self._arrivals.num_pulled_blocks,
-            num_pulled_bytes=self._arrivals.num_pulled_blocks * block_bytes,
+            num_pulled_blocks=num_pulled,
+            num_pulled_bytes=num_pulled * block_bytes,
             num_failed_pulls=self._arrivals.num_failed_pulls,
             num_handovers=self._arrivals.num_handovers,
             num_declined=self._arrivals.num_declined,

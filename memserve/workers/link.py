@@ -37,13 +37,21 @@ class CopyDone:
 
 
 @dataclass(frozen=True, slots=True)
+class PullDone:
+    """The copy that a pool call asked for has ended."""
+
+    number: int
+    verified: list[bool]
+
+
+@dataclass(frozen=True, slots=True)
 class SwapDone:
     """The copy of a swap has ended."""
 
     swap: Swap
 
 
-Event: TypeAlias = ToWorker | CopyDone | SwapDone | Hangup
+Event: TypeAlias = ToWorker | CopyDone | PullDone | SwapDone | Hangup
 
 
 class Link:

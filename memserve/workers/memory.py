@@ -12,7 +12,7 @@ import msgspec
 
 from memserve.channel import receive_descriptor, send_descriptor
 from memserve.config import EngineConfig
-from memserve.messages import MapPeer
+from memserve.messages import MapPeer, ReleasePeer
 from memserve.pool.arena import Arena
 from memserve.pool.generations import load_native_blocks
 from memserve.pool.mempool import MemPool
@@ -61,8 +61,14 @@ class WorkerMemory:
         for arena in self._arenas:
             send_descriptor(connection, arena.fd)
 
-    def map_peer(self, message: MapPeer, connection: socket.socket) -> None:
-        """Make a peer's arena readable; its file descriptor is the next on `connection`."""
+    def map_peer(self, message: MapPeer | ReleasePeer, connection: socket.socket) -> None:
+        """Make a peer's arena readable; its file descriptor is the next on `connection`.
+
+        `ReleasePeer` takes all of an instance's arenas back.
+        """
+        if isinstance(message, ReleasePeer):
+            self._transfer.release(message.instance)
+            return
         descriptor = receive_descriptor(connection)
         try:
             self._transfer.map(message.arena, descriptor)

@@ -63,6 +63,7 @@ def serve(configure: Configure, link: Link, descriptors: socket.socket) -> None:
         Runner(model, memory.hbm.tensor, eos_token_ids=config.eos_token_ids),
         start_copy=memory.copier.start,
         start_swap=memory.copier.start_swap,
+        start_pull=memory.copier.start_pull,
         map_peer=lambda message: memory.map_peer(message, descriptors),
     )
     memory.send_descriptors(descriptors)

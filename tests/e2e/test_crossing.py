@@ -34,6 +34,9 @@ class Crossing:
     def forget(self, instance: int) -> None:
         """It remembers nothing."""
 
+    def learn(self, load: Load, tokens: list[int], salt: str) -> None:
+        """It does not care what is cached where."""
+
 
 async def test_crossed_handovers_of_real_workers_never_get_stuck(tmp_path: Path) -> None:
     """Each arena holds one request and a half; equal prompts must get equal answers."""

@@ -27,6 +27,9 @@ class Crossing:
     def forget(self, instance: int) -> None:
         """It remembers nothing."""
 
+    def learn(self, load: Load, tokens: list[int], salt: str) -> None:
+        """It does not care what is cached where."""
+
 
 def prompts(number: int, longest: int, seed: int = 0) -> list[list[int]]:
     random_ = random.Random(seed)

@@ -1,0 +1,176 @@
+"""Instances that come and go while the others serve.
+
+One that leaves gets no new work, ends what it has, and hands its history to the DRAM of those that
+prefill, hottest first, as far as that has room: what they hold themselves is not evicted for it. Then
+its process ends. One that joins starts like the first ones did.
+"""
+
+import asyncio
+import dataclasses
+import logging
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any, Protocol
+
+from memserve.errors import (
+    ChannelClosed,
+    InvalidRequest,
+    NotFound,
+    OutOfBlocks,
+    PoolError,
+    RequestFailed,
+    UsageError,
+)
+from memserve.instance import Instance, InstancePlan
+from memserve.messages import Inspection
+from memserve.pool.index import RadixIndex
+from memserve.pool.remote import Kind, RemotePool
+from memserve.scheduler.placement import Role
+
+logger = logging.getLogger(__name__)
+
+
+class Report(Protocol):
+    """One instance's own numbers."""
+
+    @property
+    def name(self) -> str:
+        """Of the instance."""
+        ...
+
+    @property
+    def inspection(self) -> Inspection:
+        """What it counted."""
+        ...
+
+
+class Members(Protocol):
+    """What must be known of the cluster here."""
+
+    pool: RemotePool
+
+    @property
+    def instances(self) -> list[Instance]:
+        """All that have not left."""
+        ...
+
+    async def inspect(self) -> Sequence[Report]:
+        """The instances' numbers."""
+        ...
+
+    async def release(self, instance: Instance) -> None:
+        """Give it no new work, and return when what it has is done."""
+        ...
+
+    def learn(self, number: int, tokens: list[int], salt: str) -> None:
+        """This instance holds this prefix now."""
+        ...
+
+    async def remove(self, instance: Instance) -> None:
+        """Stop it and let its peers forget it."""
+        ...
+
+    async def add(self, plan: InstancePlan) -> Instance:
+        """Start one more. Raises `UsageError` if it can't start."""
+        ...
+
+    def in_background(self, work: Coroutine[Any, Any, None]) -> object:
+        """Run something until it ends or the cluster does."""
+        ...
+
+
+async def drain(cluster: Members, number: int) -> int:
+    """Let instance `number` leave; the blocks of its history that others hold now.
+
+    Goes on if its caller is cancelled. Raises NotFound, InvalidRequest if the others could not serve
+    without it or it is leaving already, RequestFailed if it dies on the way.
+    """
+    leaving = next((one for one in cluster.instances if one.number == number), None)
+    if leaving is None:
+        raise NotFound(f"there is no instance {number}")
+    rest = [one for one in cluster.instances if one is not leaving and not one.leaving]
+    roles = [one.role for one in rest]
+    if not any(role.prefills for role in roles) or not any(role.decodes for role in roles):
+        raise InvalidRequest(f"without {leaving.name} nobody would prefill, or nobody decode")
+    if leaving.leaving:
+        raise InvalidRequest(f"{leaving.name} is leaving already")
+    leaving.leaving = True
+    done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    cluster.in_background(_leave(cluster, leaving, done))
+    return await asyncio.shield(done)
+
+
+async def _leave(cluster: Members, leaving: Instance, done: "asyncio.Future[int]") -> None:
+    try:
+        await cluster.release(leaving)
+        reports = {report.name: report.inspection.stats for report in await cluster.inspect()}
+        free = {
+            one.number: dram.free
+            for one in cluster.instances
+            if one.role.prefills and not one.leaving
+            if (dram := reports[one.name].dram) is not None
+        }
+        block_size = leaving.plan.engine.block_size
+        num_moved = await move_history(
+            cluster.pool, leaving.number, free, block_size, on_moved=cluster.learn
+        )
+        await cluster.remove(leaving)
+    except (ChannelClosed, PoolError, TimeoutError) as error:
+        done.set_exception(RequestFailed(f"{leaving.name} could not be drained: {error}"))
+    else:
+        logger.info("%s has left; %d blocks of its history moved", leaving.name, num_moved)
+        done.set_result(num_moved)
+    finally:
+        done.cancel()
+
+
+async def join(cluster: Members, role: str) -> str:
+    """Start one more instance of this role, like the first one, whose cores it shares; its name.
+
+    Raises InvalidRequest for an unknown role, RequestFailed with the reason if it can't start.
+    """
+    if role not in [*map(str, Role)]:
+        raise InvalidRequest(f"role must be one of {', '.join(Role)}", param="role")
+    plan = dataclasses.replace(cluster.instances[0].plan, role=Role(role))
+    try:
+        return (await cluster.add(plan)).name
+    except UsageError as error:
+        raise RequestFailed(str(error)) from None
+
+
+async def move_history(
+    pool: RemotePool,
+    source: int,
+    free_by_target: Mapping[int, int],
+    block_size: int,
+    *,
+    on_moved: Callable[[int, list[int], str], None],
+) -> int:
+    """Move the cached prefixes of instance `source`; the number of blocks that found a place.
+
+    `free_by_target` says how many DRAM blocks each of the others has free. Nothing may run on the
+    source meanwhile, so that what it names stays. `on_moved` hears of each target, tokens and salt.
+    """
+    free = {target: blocks for target, blocks in free_by_target.items() if blocks > 0}
+    if not free:
+        return 0
+    moved: dict[int, RadixIndex[None]] = {target: RadixIndex(block_size) for target in free}
+    target_by_start: dict[tuple[str, tuple[int, ...]], int] = {}
+    for prefix in await pool.export(source, sum(free.values())):
+        start = (prefix.salt, tuple(prefix.tokens[:block_size]))
+        target = target_by_start.setdefault(start, max(free, key=free.__getitem__))
+        num_known = len(moved[target].match(prefix.tokens, prefix.salt))
+        num_blocks = min(len(prefix.refs), num_known + free[target])
+        if num_blocks == num_known:
+            continue
+        tokens = prefix.tokens[: num_blocks * block_size]
+        try:
+            cached = await pool.transfer_with_insert(
+                target, tokens, prefix.refs[:num_blocks], kind=Kind.DRAM, salt=prefix.salt
+            )
+        except OutOfBlocks:  # it has filled up by itself meanwhile
+            free[target] = 0
+            continue
+        on_moved(target, tokens, prefix.salt)
+        moved[target].insert(tokens, [None] * len(cached), prefix.salt)
+        free[target] -= max(0, len(cached) - num_known)
+    return sum(map(len, moved.values()))

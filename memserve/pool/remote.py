@@ -1,0 +1,237 @@
+"""MemPool's calls that name another instance (the paper's Table 1), as coroutines.
+
+`RemotePool` sends each call over a `Control`: the launcher's channels to its workers in production, a
+socket pair in tests. `memserve.pool.service` answers at the other end. KV bytes never travel this
+way: `transfer` asks the receiving instance to pull them out of the source's mapped arena.
+
+Memory that an instance allocates for somebody else stands under a lease: unless it is renewed in
+time, the instance frees it, and references to it name nothing any more. `renewing` renews everything
+that this `RemotePool` holds. Addresses are `BlockRef`s, which encode their instance. No torch here.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from enum import StrEnum
+from typing import Protocol, TypeAlias, final
+
+import msgspec
+
+from memserve.errors import ChannelClosed, OutOfBlocks, PoolError, StaleReference
+from memserve.pool.refs import BlockRef
+
+DEFAULT_LEASE_S = 30.0
+RENEWALS_PER_LEASE = 3
+
+
+class Kind(StrEnum):
+    """Which memory an allocation may take."""
+
+    HBM = "hbm"
+    DRAM = "dram"
+    MIXED = "mixed"
+    """What is free in HBM first, the rest in DRAM."""
+
+
+class Allocate(msgspec.Struct, frozen=True, tag=True):
+    """`alloc_mem`: blocks for the caller, under a lease."""
+
+    num_blocks: int
+    kind: Kind
+    lease_s: float
+
+
+class Free(msgspec.Struct, frozen=True, tag=True):
+    """`free_mem`: end the leases of these blocks; what has expired is ignored."""
+
+    refs: list[BlockRef]
+
+
+class Renew(msgspec.Struct, frozen=True, tag=True):
+    """Heartbeat: these leases run for `lease_s` from now."""
+
+    refs: list[BlockRef]
+    lease_s: float
+
+
+class Pull(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """`transfer`, and with `tokens` `transfer_with_insert`: copy these blocks to yourself."""
+
+    source: list[BlockRef]
+    destination: list[BlockRef] | None
+    """Leased blocks of the receiver; None: it allocates on demand."""
+    kind: Kind
+    lease_s: float
+    tokens: list[int] | None = None
+    salt: str = ""
+
+
+class Export(msgspec.Struct, frozen=True, tag=True):
+    """Name up to `num_blocks` historical blocks, those used last first."""
+
+    num_blocks: int
+
+
+class Blocks(msgspec.Struct, frozen=True, tag=True):
+    """The call has succeeded: the blocks allocated, or those that hold what was transferred."""
+
+    refs: list[BlockRef]
+
+
+class Prefix(msgspec.Struct, frozen=True, array_like=True):
+    """A cached prefix: `refs[i]` holds K and V of the i-th whole block of `tokens`."""
+
+    salt: str
+    tokens: list[int]
+    refs: list[BlockRef]
+
+
+class History(msgspec.Struct, frozen=True, tag=True):
+    """Answer to `Export`; each prefix comes after those that it continues."""
+
+    prefixes: list[Prefix]
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """The call has failed and changed nothing."""
+
+    reason: str
+    error: str
+    """`OutOfBlocks`, `StaleReference` or `PoolError`."""
+
+
+PoolRequest: TypeAlias = Allocate | Free | Renew | Pull | Export
+PoolReply: TypeAlias = Blocks | History | Refused
+
+_ERRORS = {kind.__name__: kind for kind in (OutOfBlocks, StaleReference, PoolError)}
+
+
+class Control(Protocol):
+    """Carries one call to an instance and its answer back."""
+
+    async def call(self, instance: int, request: PoolRequest) -> PoolReply:
+        """The instance's answer. Raises `ChannelClosed` if it has gone."""
+        ...
+
+
+@final
+class RemotePool:
+    """The pool of all instances as one of their users sees it.
+
+    Every call raises OutOfBlocks, StaleReference or PoolError if the instance refuses it, which then
+    has changed nothing, and ChannelClosed if it has gone.
+    """
+
+    def __init__(self, control: Control, *, lease_s: float = DEFAULT_LEASE_S) -> None:
+        self._control = control
+        self._lease_s = lease_s
+        self._held: dict[int, set[BlockRef]] = {}
+
+    async def alloc_mem(self, num_blocks: int, kind: Kind, instance: int) -> list[BlockRef]:
+        """`num_blocks` blocks of that kind on `instance`, under a lease."""
+        reply = await self._call(instance, Allocate(num_blocks, kind, self._lease_s))
+        return self._hold(instance, reply)
+
+    async def free_mem(self, refs: Sequence[BlockRef]) -> None:
+        """Give leased blocks back, wherever they are."""
+        for instance, own in _by_instance(refs).items():
+            self._held.get(instance, set()).difference_update(own)
+            await self._call(instance, Free(own))
+
+    async def transfer(
+        self,
+        instance: int,
+        source: Sequence[BlockRef],
+        destination: Sequence[BlockRef] | None = None,
+        *,
+        kind: Kind = Kind.HBM,
+    ) -> list[BlockRef]:
+        """Copy `source` to `instance`: into leased blocks of it, or into new ones of `kind`.
+
+        All or nothing: StaleReference if any source had lost its content before it was read.
+        Returns the blocks that hold the copies, under a lease.
+        """
+        reply = await self._call(instance, self._pull(source, destination, kind))
+        return self._hold(instance, reply)
+
+    async def transfer_with_insert(
+        self,
+        instance: int,
+        tokens: Sequence[int],
+        source: Sequence[BlockRef],
+        destination: Sequence[BlockRef] | None = None,
+        *,
+        kind: Kind = Kind.HBM,
+        salt: str = "",
+    ) -> list[BlockRef]:
+        """Copy `source`, K and V of the whole blocks of `tokens`, and let `instance` cache them.
+
+        Only what it lacks is copied. If a source has lost its content, the prefix before it is kept.
+        Returns the blocks that are cached for `tokens` there; they are not held. Those of
+        `destination` are given up.
+        """
+        pull = self._pull(source, destination, kind)
+        pull = msgspec.structs.replace(pull, tokens=list(tokens), salt=salt)
+        self._held.get(instance, set()).difference_update(destination or ())
+        return _refs_of(await self._call(instance, pull))
+
+    async def export(self, instance: int, num_blocks: int) -> list[Prefix]:
+        """Up to `num_blocks` historical blocks of `instance` by prefix, the hottest first."""
+        reply = await self._call(instance, Export(num_blocks))
+        assert isinstance(reply, History)
+        return reply.prefixes
+
+    @asynccontextmanager
+    async def renewing(self) -> AsyncIterator[None]:
+        """Renew the leases of all held blocks while inside."""
+        task = asyncio.create_task(self._renew_for_ever())
+        try:
+            yield
+        finally:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+    async def _renew_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(self._lease_s / RENEWALS_PER_LEASE)
+            for instance, refs in list(self._held.items()):
+                if not refs:
+                    continue
+                try:
+                    await self._call(instance, Renew(list(refs), self._lease_s))
+                except ChannelClosed:  # its memory went with it
+                    del self._held[instance]
+
+    def _pull(
+        self, source: Sequence[BlockRef], destination: Sequence[BlockRef] | None, kind: Kind
+    ) -> Pull:
+        return Pull(
+            source=list(source),
+            destination=None if destination is None else list(destination),
+            kind=kind,
+            lease_s=self._lease_s,
+        )
+
+    def _hold(self, instance: int, reply: PoolReply) -> list[BlockRef]:
+        refs = _refs_of(reply)
+        self._held.setdefault(instance, set()).update(refs)
+        return refs
+
+    async def _call(self, instance: int, request: PoolRequest) -> PoolReply:
+        reply = await self._control.call(instance, request)
+        if isinstance(reply, Refused):
+            raise _ERRORS[reply.error](f"instance {instance}: {reply.reason}")
+        return reply
+
+
+def _refs_of(reply: PoolReply) -> list[BlockRef]:
+    assert isinstance(reply, Blocks)
+    return reply.refs
+
+
+def _by_instance(refs: Sequence[BlockRef]) -> dict[int, list[BlockRef]]:
+    found: dict[int, list[BlockRef]] = {}
+    for ref in refs:
+        found.setdefault(ref.instance, []).append(ref)
+    return found
