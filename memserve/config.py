@@ -66,6 +66,11 @@ class ServeConfig:
     handover_timeout: float = _flag(
         2.0, "Seconds a prefilled request waits for room on its decode worker."
     )
+    transfer_granularity: str = _flag(
+        "chunk",
+        "When a prompt's KV goes to its decode worker: with each computed chunk, or at the end.",
+        choices=("chunk", "request"),
+    )
     chat_template: str | None = _flag(None, "File with a Jinja chat template to use instead.")
     seed: int = _flag(0, "Base of the seeds given to requests that bring none.")
     shutdown_timeout: float = _flag(30.0, "Seconds that running requests get after SIGTERM.")
@@ -88,6 +93,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int
     max_num_batched_tokens: int
     handover_timeout: float
+    transfer_granularity: str = "chunk"
+    """`chunk` or `request`: when the blocks of a prompt are published to its decode instance."""
     num_threads: int
     log_level: str
 

@@ -227,6 +227,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_decode_tokens: int = 0
     num_cached_tokens: int = 0
     num_queried_tokens: int = 0
+    num_pulls: int = 0
+    """Copies started for handovers; each may be of many blocks."""
     num_pulled_blocks: int = 0
     num_pulled_bytes: int = 0
     num_failed_pulls: int = 0

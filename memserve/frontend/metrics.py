@@ -248,6 +248,7 @@ COUNTERS: tuple[Series, ...] = (
     ("engine_steps", "Steps run.", lambda s: s.num_steps),
     ("engine_prefill_tokens", "Prompt tokens computed.", lambda s: s.num_prefill_tokens),
     ("engine_decode_tokens", "Tokens decoded.", lambda s: s.num_decode_tokens),
+    ("pulls", "Copies started to take requests over.", lambda s: s.num_pulls),
     ("pulled_blocks", "Blocks copied from other instances.", lambda s: s.num_pulled_blocks),
     ("pulled_bytes", "Bytes copied from other instances.", lambda s: s.num_pulled_bytes),
     ("failed_pulls", "Copies whose source was gone.", lambda s: s.num_failed_pulls),

@@ -92,7 +92,14 @@ class Engine:
             max_num_batched_tokens=config.max_num_batched_tokens,
         )
         timeout = config.handover_timeout
-        self._departures = Departures(pool, self._batcher, claims, link.send, timeout=timeout)
+        self._departures = Departures(
+            pool,
+            self._batcher,
+            claims,
+            link.send,
+            timeout=timeout,
+            by_chunk=config.transfer_granularity == "chunk",
+        )
         self._arrivals = Arrivals(
             pool,
             self._batcher,
@@ -280,6 +287,7 @@ class Engine:
             num_decode_tokens=self._num_decode_tokens,
             num_cached_tokens=pool.hit_tokens,
             num_queried_tokens=pool.queried_tokens,
+            num_pulls=self._arrivals.num_pulls,
             num_pulled_blocks=num_pulled,
             num_pulled_bytes=num_pulled * block_bytes,
             num_failed_pulls=self._arrivals.num_failed_pulls,

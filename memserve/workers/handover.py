@@ -36,13 +36,21 @@ class Departures:
     """Prompts computed here that another instance is to decode."""
 
     def __init__(
-        self, pool: MemPool, batcher: Batcher, claims: Claims, send: Send, *, timeout: float
+        self,
+        pool: MemPool,
+        batcher: Batcher,
+        claims: Claims,
+        send: Send,
+        *,
+        timeout: float,
+        by_chunk: bool,
     ) -> None:
         self._pool = pool
         self._batcher = batcher
         self._claims = claims
         self._send = send
         self._timeout = timeout
+        self._by_chunk = by_chunk
         self._leaving: dict[int, tuple[Sequence, float]] = {}
 
     def __len__(self) -> int:
@@ -57,9 +65,12 @@ class Departures:
         """Tell the decode instance of the blocks that are complete since the last call.
 
         After the prompt's last chunk (the first token is known then) that includes the block that is
-        not full, and the sequence leaves the batch until `settle`.
+        not full, and the sequence leaves the batch until `settle`. Unless `by_chunk`, that is the
+        only time (the paper's by-request aggregated transfer, §5.2).
         """
         done = sequence.num_outputs > 0
+        if not done and not self._by_chunk:
+            return
         end = len(sequence.blocks) if done else sequence.num_computed // self._pool.block_size
         if end > sequence.num_published or done:
             refs = self._pool.refs(sequence.blocks[sequence.num_published : end])
@@ -159,6 +170,7 @@ class Arrivals:
         self.num_declined = 0
         self.num_failed_pulls = 0
         self.num_pulled_blocks = 0
+        self.num_pulls = 0
 
     def __len__(self) -> int:
         return len(self._arrivals)
@@ -248,6 +260,7 @@ class Arrivals:
             into = arrival.blocks[start:end]
             self._pool.begin_io(into)
             arrival.num_asked = end
+            self.num_pulls += 1
             arrival.num_missing += end - start
             ticket = arrival.expect.ticket
             self._start_copy(ticket, list(range(start, end)), arrival.refs[start:end], into)

@@ -174,6 +174,7 @@ class RigOptions:
     max_num_seqs: int = 8
     max_num_batched_tokens: int = 16
     handover_timeout: float = 0.2
+    transfer_granularity: str = "chunk"
     step_seconds: float = 0.0
     copy_seconds: float = 0.0
     max_num_queued_reqs: int = 10_000
@@ -194,6 +195,7 @@ async def rig(options: RigOptions, policy: Policy | None = None) -> AsyncIterato
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
         handover_timeout=options.handover_timeout,
+        transfer_granularity=options.transfer_granularity,
         num_threads=1,
         log_level="info",
     )

@@ -57,6 +57,17 @@ async def test_a_prefilled_request_is_decoded_on_the_decode_instance() -> None:
     assert (decode.num_handovers, decode.num_pulled_blocks) == (1, 6)
 
 
+@pytest.mark.parametrize("granularity", ["chunk", "request"])
+async def test_a_prompt_is_pulled_by_chunk_or_at_once(granularity: str) -> None:
+    options = RigOptions(roles=PREFILL_DECODE, transfer_granularity=granularity, step_seconds=0.005)
+    async with rig(options) as cluster:
+        asked = generation(0, range(40), 5)  # 16 tokens a step
+        assert await answer(cluster, asked) == [oracle_answer(range(40), 5)]
+        decode = (await cluster.inspect())[1].inspection.stats
+    assert (decode.num_pulls > 1) is (granularity == "chunk")
+    assert decode.num_pulled_blocks == 10
+
+
 async def test_only_blocks_that_the_decode_instance_lacks_are_pulled() -> None:
     async with rig(RigOptions(roles=PREFILL_DECODE)) as cluster:
         first = list(range(20))
