@@ -52,7 +52,10 @@ class _PeerArena:
                 f"the memory of instance {descriptor.instance} is not a sealed arena of "
                 f"{size} bytes, as its layout demands"
             )
-        mapping = mmap.mmap(fd, size, mmap.MAP_SHARED | mmap.MAP_POPULATE, mmap.PROT_READ)
+        # The first read of a page that is not mapped yet takes a quarter longer. HBM arenas are worth
+        # mapping whole; a DRAM arena may be so large that this would stop the engine for seconds.
+        populate = mmap.MAP_POPULATE if descriptor.tier == Tier.HBM else 0
+        mapping = mmap.mmap(fd, size, mmap.MAP_SHARED | populate, mmap.PROT_READ)
         check_header(mapping[:PAGE_BYTES], descriptor)
         self.descriptor = descriptor
         self._bytes = np.frombuffer(mapping, dtype=np.uint8)  # keeps the map
