@@ -47,21 +47,17 @@ Holdings = Mapping[str, Sequence[int]]
 
 
 class PoolStats(msgspec.Struct, frozen=True):
-    """Blocks of HBM by state (a block may be active, historical and in flight at once), and totals."""
+    """Blocks by tier and state, and totals since the start."""
 
-    total: int
-    free: int
-    active: int
-    historical: int
-    in_flight: int
+    hbm: TierStats
+    dram: TierStats | None
     evictions: int
     """Historical blocks that left the pool to make room, on either tier."""
     hit_tokens: int
     """Of the matches that were committed: a prompt that waits for room is looked up many times."""
     queried_tokens: int
-    dram: TierStats | None = None
-    swapped_out: int = 0
-    swapped_in: int = 0
+    swapped_out: int
+    swapped_in: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,11 +199,18 @@ class MemPool:
         return len(dropped)
 
     def reset(self) -> int:
-        """Drop all historical blocks that nobody holds; the number of blocks dropped."""
+        """Drop all historical blocks that nobody holds, also those on their way to another tier.
+
+        Returns the number of blocks dropped.
+        """
         num_dropped = 0
         for tier in reversed(Tier):
-            idle = self._blocks.is_idle
-            dropped = self._index.evict(len(self._index), idle, partial=True, level=tier)
+            dropped = self._index.evict(
+                len(self._index),
+                lambda block: self._blocks.num_references(block) == 0,
+                partial=True,
+                level=tier,
+            )
             self._blocks.unindex(dropped)
             num_dropped += len(dropped)
         return num_dropped
@@ -296,15 +299,11 @@ class MemPool:
         hbm = self._blocks.stats(Tier.HBM)
         assert hbm is not None
         return PoolStats(
-            total=hbm.total,
-            free=hbm.free,
-            active=hbm.active,
-            historical=hbm.historical,
-            in_flight=hbm.in_flight,
+            hbm=hbm,
+            dram=self._blocks.stats(Tier.DRAM),
             evictions=self._evictions,
             hit_tokens=self._hit_tokens,
             queried_tokens=self._queried_tokens,
-            dram=self._blocks.stats(Tier.DRAM),
             swapped_out=self._num_swapped[Tier.DRAM],
             swapped_in=self._num_swapped[Tier.HBM],
         )

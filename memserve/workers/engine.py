@@ -37,7 +37,6 @@ from memserve.messages import (
 )
 from memserve.model.sampling import Sampled
 from memserve.pool.mempool import MemPool
-from memserve.pool.refs import TierStats
 from memserve.pool.service import PoolService, StartPull
 from memserve.workers.batching import Batcher
 from memserve.workers.claims import Claims
@@ -297,12 +296,6 @@ class Engine:
             num_swapped_out_blocks=pool.swapped_out,
             num_swapped_in_blocks=pool.swapped_in,
             num_swapped_bytes=(pool.swapped_out + pool.swapped_in) * block_bytes,
-            hbm=TierStats(
-                total=pool.total,
-                free=pool.free,
-                active=pool.active,
-                historical=pool.historical,
-                in_flight=pool.in_flight,
-            ),
+            hbm=pool.hbm,
             dram=pool.dram,
         )

@@ -26,7 +26,7 @@ class Swapper:
     def __init__(self, pool: MemPool, start: StartSwap) -> None:
         self._pool = pool
         self._start = start
-        total = pool.stats().total
+        total = pool.stats().hbm.total
         self._low = -(-total // LOW_SHARE)
         self._high = -(-total // HIGH_SHARE)
 

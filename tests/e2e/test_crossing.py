@@ -2,16 +2,15 @@
 
 import asyncio
 import random
-from collections.abc import Sequence
 from pathlib import Path
 
 from memserve.cluster import Cluster
 from memserve.config import EngineConfig
 from memserve.instance import InstancePlan
-from memserve.scheduler.placement import Load, Placement, Role
+from memserve.scheduler.placement import Role
 from tests.e2e.greedy import assert_greedy
 from tests.model import tiny
-from tests.workers.rig import answer, assert_all_home, generation
+from tests.workers.rig import Crossing, answer, assert_all_home, generation
 
 NUM_REQUESTS = 1000
 NUM_PROMPTS = 20
@@ -19,23 +18,6 @@ PROMPT_TOKENS = 64
 ANSWER_TOKENS = 16
 BLOCK_SIZE = 16
 ARENA_TOKENS = (PROMPT_TOKENS + ANSWER_TOKENS) * 3 // 2 // BLOCK_SIZE * BLOCK_SIZE
-
-
-class Crossing:
-    """Prefill on one, decode on the other, in turn."""
-
-    def __init__(self) -> None:
-        self._turn = 0
-
-    def place(self, prompt: list[int], salt: str, loads: Sequence[Load]) -> Placement:
-        self._turn += 1
-        return Placement(self._turn % 2, (self._turn + 1) % 2, len(prompt))
-
-    def forget(self, instance: int) -> None:
-        """It remembers nothing."""
-
-    def learn(self, load: Load, tokens: list[int], salt: str) -> None:
-        """It does not care what is cached where."""
 
 
 async def test_crossed_handovers_of_real_workers_never_get_stuck(tmp_path: Path) -> None:

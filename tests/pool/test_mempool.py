@@ -97,7 +97,7 @@ class PoolAgainstOracle(RuleBasedStateMachine):
 
     def allocate(self, n: int) -> list[int] | None:
         """Blocks from the pool, None if there can't be enough; writes garbage into them."""
-        free = self.pool.stats().free
+        free = self.pool.stats().hbm.free
         allowed = self.evictable()
         if n > free + len(allowed):
             with pytest.raises(OutOfBlocks):
@@ -224,10 +224,10 @@ class PoolAgainstOracle(RuleBasedStateMachine):
         assert self.pool.audit(holdings, flying) == []
         kept = set(self.held()) | set(self.cached.values())
         stats = self.pool.stats()
-        assert stats.free == NUM_BLOCKS - len(kept | self.in_flight())
-        assert stats.active == len(set(self.held()))
-        assert stats.historical == len(self.cached)
-        assert stats.in_flight == len(self.in_flight())
+        assert stats.hbm.free == NUM_BLOCKS - len(kept | self.in_flight())
+        assert stats.hbm.active == len(set(self.held()))
+        assert stats.hbm.historical == len(self.cached)
+        assert stats.hbm.in_flight == len(self.in_flight())
         assert stats.hit_tokens <= stats.queried_tokens
 
     @invariant()
@@ -353,7 +353,7 @@ def test_an_insert_of_blocks_that_the_caller_does_not_hold_changes_nothing(
     with pytest.raises(PoolError):
         pool.insert([1, 1, 2, 2], blocks)
     assert pool.audit({"test": held}) == []
-    assert pool.stats().historical == 0
+    assert pool.stats().hbm.historical == 0
 
 
 def test_an_insert_of_more_blocks_than_tokens_is_refused() -> None:

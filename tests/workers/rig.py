@@ -9,6 +9,7 @@ same answer.
 
 import asyncio
 import dataclasses
+import random
 import socket
 import threading
 import time
@@ -26,7 +27,7 @@ from memserve.instance import InstancePlan, WorkerProcess
 from memserve.messages import Configure, Ready, SamplingParams
 from memserve.model.sampling import Sampled
 from memserve.pool.refs import ArenaLayout
-from memserve.scheduler.placement import Policy, Role
+from memserve.scheduler.placement import Load, Placement, Policy, Role
 from memserve.workers.engine import Engine
 from memserve.workers.link import Link
 from memserve.workers.memory import WorkerMemory
@@ -245,6 +246,30 @@ def at_rest(stats: object) -> bool:
         if tier is not None:
             held += [tier.active, tier.in_flight]
     return not any(held)
+
+
+class Crossing:
+    """Prefill on one, decode on the other, in turn."""
+
+    def __init__(self) -> None:
+        self._turn = 0
+
+    def place(self, prompt: list[int], salt: str, loads: Sequence[Load]) -> Placement:
+        self._turn += 1
+        return Placement(self._turn % 2, (self._turn + 1) % 2, len(prompt))
+
+    def forget(self, instance: int) -> None:
+        """It remembers nothing."""
+
+    def learn(self, load: Load, tokens: list[int], salt: str) -> None:
+        """It does not care what is cached where."""
+
+
+def prompts(number: int, longest: int, seed: int = 0) -> list[list[int]]:
+    random_ = random.Random(seed)
+    return [
+        [random_.randrange(50) for _ in range(random_.randint(1, longest))] for _ in range(number)
+    ]
 
 
 def generation(

@@ -2,40 +2,24 @@
 
 import asyncio
 import random
-from collections.abc import Sequence
 
 import pytest
 
 from memserve.errors import InvalidRequest, Overloaded
-from memserve.scheduler.placement import Load, Placement, Role
-from tests.workers.rig import BLOCK_SIZE, RigOptions, answer, generation, oracle_answer, rig
+from memserve.scheduler.placement import Role
+from tests.workers.rig import (
+    BLOCK_SIZE,
+    Crossing,
+    RigOptions,
+    answer,
+    generation,
+    oracle_answer,
+    prompts,
+    rig,
+)
 
 PREFILL_DECODE = (Role.PREFILL, Role.DECODE)
 TWO_MIXED = (Role.MIXED, Role.MIXED)
-
-
-class Crossing:
-    """Prefill on one, decode on the other, in turn."""
-
-    def __init__(self) -> None:
-        self._turn = 0
-
-    def place(self, prompt: list[int], salt: str, loads: Sequence[Load]) -> Placement:
-        self._turn += 1
-        return Placement(self._turn % 2, (self._turn + 1) % 2, len(prompt))
-
-    def forget(self, instance: int) -> None:
-        """It remembers nothing."""
-
-    def learn(self, load: Load, tokens: list[int], salt: str) -> None:
-        """It does not care what is cached where."""
-
-
-def prompts(number: int, longest: int, seed: int = 0) -> list[list[int]]:
-    random_ = random.Random(seed)
-    return [
-        [random_.randrange(50) for _ in range(random_.randint(1, longest))] for _ in range(number)
-    ]
 
 
 @pytest.mark.parametrize("roles", [(Role.MIXED,), PREFILL_DECODE, TWO_MIXED])

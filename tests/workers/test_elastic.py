@@ -6,8 +6,15 @@ import pytest
 
 from memserve.errors import InvalidRequest, NotFound
 from memserve.scheduler.placement import Role
-from tests.workers.rig import BLOCK_SIZE, RigOptions, answer, generation, oracle_answer, rig
-from tests.workers.test_cluster_of_engines import prompts
+from tests.workers.rig import (
+    BLOCK_SIZE,
+    RigOptions,
+    answer,
+    generation,
+    oracle_answer,
+    prompts,
+    rig,
+)
 from tests.workers.test_tiers import cached_tokens
 
 TWO_MIXED = (Role.MIXED, Role.MIXED)

@@ -8,8 +8,7 @@ import pytest
 from memserve.cluster import Cluster
 from memserve.messages import EngineStats
 from memserve.scheduler.placement import Role
-from tests.workers.rig import RigOptions, answer, generation, oracle_answer, rig
-from tests.workers.test_cluster_of_engines import Crossing, prompts
+from tests.workers.rig import Crossing, RigOptions, answer, generation, oracle_answer, prompts, rig
 
 MIXED = (Role.MIXED,)
 PREFILL_DECODE = (Role.PREFILL, Role.DECODE)
