@@ -78,8 +78,11 @@ class PoolAgainstOracle(RuleBasedStateMachine):
         return {block for blocks in self.flying for block in blocks}
 
     def evictable(self) -> set[Key]:
-        """Cached prefixes which neither they nor what continues them keeps from being evicted."""
-        busy = set(self.held()) | self.in_flight()
+        """Cached prefixes that an allocation may take: nobody holds or copies what is below."""
+        return self.cached_apart_from(set(self.held()) | self.in_flight())
+
+    def cached_apart_from(self, busy: set[int]) -> set[Key]:
+        """Cached prefixes of which neither they nor what continues them are among `busy`."""
         stuck = [key for key, block in self.cached.items() if block in busy]
         return {
             key
@@ -205,7 +208,7 @@ class PoolAgainstOracle(RuleBasedStateMachine):
 
     @rule()
     def all_that_nobody_holds_is_dropped(self) -> None:
-        allowed = self.evictable()
+        allowed = self.cached_apart_from(set(self.held()))
         assert self.pool.reset() == len(allowed)
         self.drop_evicted(len(allowed), allowed)
 
