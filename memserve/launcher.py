@@ -18,11 +18,11 @@ from pathlib import Path
 import msgspec
 from aiohttp import web
 
-from memserve.cluster import Cluster
+from memserve.cluster.cluster import Cluster
+from memserve.cluster.instance import InstancePlan
 from memserve.config import EngineConfig, ServeConfig, parse_size
 from memserve.errors import UsageError
 from memserve.frontend.service import ServerSettings
-from memserve.instance import InstancePlan
 from memserve.machine import available_memory, divide_cores, has_fast_bf16, usable_cores
 from memserve.model.prepared import PreparedModel, ProgressLine, prepare_in_child
 from memserve.paths import cache_dir

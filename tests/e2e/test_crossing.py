@@ -4,9 +4,9 @@ import asyncio
 import random
 from pathlib import Path
 
-from memserve.cluster import Cluster
+from memserve.cluster.cluster import Cluster
+from memserve.cluster.instance import InstancePlan
 from memserve.config import EngineConfig
-from memserve.instance import InstancePlan
 from memserve.scheduler.placement import Role
 from tests.e2e.greedy import assert_greedy
 from tests.model import tiny

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from memserve import launcher
-from memserve.cluster import Cluster
+from memserve.cluster.cluster import Cluster
 from memserve.config import ServeConfig
 from memserve.errors import UsageError
 from memserve.model.prepared import PreparedModel

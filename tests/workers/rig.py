@@ -20,10 +20,10 @@ from typing import ParamSpec
 import numpy as np
 import torch
 
-from memserve.cluster import Cluster
+from memserve.cluster.cluster import Cluster
+from memserve.cluster.instance import InstancePlan, WorkerProcess
 from memserve.config import EngineConfig
 from memserve.generation import Generation
-from memserve.instance import InstancePlan, WorkerProcess
 from memserve.messages import Configure, Ready, SamplingParams
 from memserve.model.sampling import Sampled
 from memserve.pool.refs import ArenaLayout

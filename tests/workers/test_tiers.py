@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from memserve.cluster import Cluster
+from memserve.cluster.cluster import Cluster
 from memserve.messages import EngineStats
 from memserve.scheduler.placement import Role
 from tests.workers.rig import Crossing, RigOptions, answer, generation, oracle_answer, prompts, rig

@@ -15,11 +15,13 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, assert_never
 
-from memserve.elastic import drain, join
+from memserve.cluster.elastic import drain, join
+from memserve.cluster.instance import Instance, InstancePlan, Spawn, spawn_process
+from memserve.cluster.membership import Membership
+from memserve.cluster.questions import Questions
+from memserve.cluster.stream import Stream
 from memserve.errors import ChannelClosed, InvalidRequest, Overloaded, RequestError, RequestFailed
 from memserve.generation import ChoiceToken, Generation
-from memserve.instance import Instance, InstancePlan, Spawn, spawn_process
-from memserve.membership import Membership
 from memserve.messages import (
     Abort,
     Declined,
@@ -43,9 +45,7 @@ from memserve.messages import (
     Withdrawn,
 )
 from memserve.pool.remote import PoolReply, PoolRequest, RemotePool
-from memserve.questions import Questions
 from memserve.scheduler.placement import LeastWork, Placement, Policy
-from memserve.stream import Stream
 
 logger = logging.getLogger(__name__)
 
@@ -175,11 +175,11 @@ class Cluster:
     # Members
 
     async def drain(self, number: int) -> int:
-        """See `memserve.elastic.drain`."""
+        """See `memserve.cluster.elastic.drain`."""
         return await drain(self, number)
 
     async def join(self, role: str) -> str:
-        """See `memserve.elastic.join`."""
+        """See `memserve.cluster.elastic.join`."""
         return await join(self, role)
 
     async def add(self, plan: InstancePlan) -> Instance:

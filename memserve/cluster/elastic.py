@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Protocol
 
+from memserve.cluster.instance import Instance, InstancePlan
 from memserve.errors import (
     ChannelClosed,
     InvalidRequest,
@@ -20,7 +21,6 @@ from memserve.errors import (
     RequestFailed,
     UsageError,
 )
-from memserve.instance import Instance, InstancePlan
 from memserve.messages import Inspection
 from memserve.pool.index import RadixIndex
 from memserve.pool.remote import Kind, RemotePool

@@ -3,9 +3,9 @@
 import asyncio
 from dataclasses import dataclass, field
 
+from memserve.cluster.instance import Instance
 from memserve.errors import RequestError
 from memserve.generation import ChoiceToken
-from memserve.instance import Instance
 
 
 @dataclass(slots=True, eq=False)

@@ -7,8 +7,8 @@ from typing import Generic, TypeVar
 
 import msgspec
 
+from memserve.cluster.instance import Instance
 from memserve.errors import ChannelClosed
-from memserve.instance import Instance
 
 A = TypeVar("A")
 

@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import logging
 
-from memserve.instance import Instance, InstancePlan, Spawn
+from memserve.cluster.instance import Instance, InstancePlan, Spawn
 from memserve.messages import ReleasePeer
 
 logger = logging.getLogger(__name__)
