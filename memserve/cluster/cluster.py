@@ -279,9 +279,13 @@ class Cluster:
     # Workers
 
     async def _read(self, instance: Instance) -> None:
-        async for batch in instance.messages():
-            for message in batch:
-                self._handle(instance, message)
+        """Handle what a worker sends until it leaves, or until we fail to: nobody waits in vain."""
+        try:
+            async for batch in instance.messages():
+                for message in batch:
+                    self._handle(instance, message)
+        except Exception:
+            logger.exception("a message of worker %s could not be handled", instance.name)
         self._lose(instance)
 
     def _lose(self, instance: Instance) -> None:

@@ -130,10 +130,9 @@ class Batcher:
         """The slices of the next step, in batch order; empty when nothing can run."""
         budget = self._max_num_batched_tokens
         decoding = [sequence for sequence in self.running if sequence.num_pending == 1]
-        slices = [Slice(sequence, 1) for sequence in decoding if self._grow(sequence)]
-        slices = [
-            part for part in slices if part.sequence.blocks
-        ]  # preempted by an older one since
+        grown = [Slice(sequence, 1) for sequence in decoding if self._grow(sequence)]
+        # One that has grown may have been preempted since, for the sake of an older one.
+        slices = [part for part in grown if part.sequence.blocks]
         budget -= len(slices)
         for sequence in self.running:
             if budget > 0 and sequence.num_pending > 1:

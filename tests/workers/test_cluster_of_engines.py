@@ -5,7 +5,9 @@ import random
 
 import pytest
 
-from memserve.errors import InvalidRequest, Overloaded
+from memserve.cluster.instance import Instance
+from memserve.errors import InvalidRequest, Overloaded, RequestFailed
+from memserve.messages import TokenEvent
 from memserve.scheduler.placement import Role
 from tests.workers.rig import (
     BLOCK_SIZE,
@@ -192,3 +194,16 @@ async def test_a_reset_drops_the_history() -> None:
         stats = (await cluster.inspect())[0].inspection.stats
         assert stats.hbm is not None
         assert stats.hbm.historical == 0
+
+
+async def test_a_message_that_can_not_be_handled_leaves_nobody_waiting() -> None:
+    def broken(instance: Instance, event: TokenEvent) -> None:
+        raise KeyError(event.ticket)
+
+    async with rig(RigOptions(roles=(Role.MIXED,), step_seconds=0.01)) as cluster:
+        async with cluster.generate(generation(0, range(5), 200)) as tokens:
+            await anext(tokens)
+            cluster._token = broken  # type: ignore[method-assign]
+            with pytest.raises(RequestFailed, match="mixed-0"):
+                [item async for item in tokens]
+        assert cluster.problems() == ["worker mixed-0 has died"]
