@@ -9,7 +9,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,15 @@ class ServerProcess:
     process: "subprocess.Popen[bytes]"
     url: str
     log: Path
+    clients: ExitStack
 
     def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0)
+        """A client that is closed when the server ends."""
+        client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0)
+        return self.clients.enter_context(client)
 
     def async_client(self) -> openai.AsyncOpenAI:
+        """A client for the caller to close."""
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0)
 
     def get(self, path: str) -> Any:
@@ -62,7 +66,8 @@ def serve(*arguments: str, log: Path) -> Iterator[ServerProcess]:
             line = process.stdout.readline().decode()
             found = re.search(r"http://\S+", line)
             assert found, f"the server said {line!r} and logged:\n{log.read_text()}"
-            yield ServerProcess(process, found.group(), log)
+            with ExitStack() as clients:
+                yield ServerProcess(process, found.group(), log, clients)
         finally:
             if process.poll() is None:
                 process.terminate()

@@ -112,6 +112,7 @@ def test_a_worker_that_dies_fails_its_requests_and_the_health_check(log: Path) -
         with pytest.raises(urllib.error.HTTPError) as refused_health:
             server.get("/health")
         assert refused_health.value.code == 503
+        refused_health.value.close()
         with pytest.raises(openai.InternalServerError, match="has died"):
             client.completions.create(model="SmolLM2-135M-Instruct", prompt="And then")
         assert server.stop() == 0
