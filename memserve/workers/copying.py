@@ -3,19 +3,21 @@
 One thread, one copy after another, in the order asked. Blocks are marked as in flight before a copy
 is asked for, and unmarked when its end (`CopyDone`, `PullDone`, `SwapDone`) arrives at the inbox,
 whatever became of the request. What is handed over is kept by its owner until the handover is
-settled (a lease), or withdrawn, which changes its generation.
+settled (a lease), or withdrawn, which changes its generation. An error of our own ends in `CopyFailed`,
+never in silence.
 """
 
 import logging
 import queue
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from memserve.errors import PoolError
 from memserve.pool.pending import Swap
 from memserve.pool.refs import BlockRef, Tier
 from memserve.pool.transfer.memfd import MemfdTransfer
 from memserve.pool.transfer.tiers import TierCopy
-from memserve.workers.link import CopyDone, Event, PullDone, SwapDone
+from memserve.workers.link import CopyDone, CopyFailed, Event, PullDone, SwapDone
 
 logger = logging.getLogger(__name__)
 
@@ -33,19 +35,27 @@ class Copier:
 
     def start(self, ticket: int, indexes: list[int], refs: list[BlockRef], into: list[int]) -> None:
         """Copy `refs` into the local blocks `into`; ends in exactly one `CopyDone`."""
-        self._thread.submit(self._copy, ticket, indexes, refs, into)
+        self._submit(lambda: self._copy(ticket, indexes, refs, into))
 
     def start_pull(self, number: int, refs: list[BlockRef], into: list[int], tier: Tier) -> None:
         """Copy `refs` into these blocks of a tier's arena for a pool call; ends in one `PullDone`."""
-        self._thread.submit(self._pull, number, refs, into, tier)
+        self._submit(lambda: self._pull(number, refs, into, tier))
 
     def start_swap(self, swap: Swap) -> None:
         """Copy a swap's blocks; ends in exactly one `SwapDone`."""
-        self._thread.submit(self._swap, swap)
+        self._submit(lambda: self._swap(swap))
 
     def close(self) -> None:
         """Wait for the copies under way."""
         self._thread.shutdown()
+
+    def _submit(self, work: Callable[[], None]) -> None:
+        self._thread.submit(work).add_done_callback(self._report)
+
+    def _report(self, done: "Future[None]") -> None:
+        error = done.exception()
+        if error is not None:
+            self._inbox.put(CopyFailed(error))
 
     def _copy(self, ticket: int, indexes: list[int], refs: list[BlockRef], into: list[int]) -> None:
         self._inbox.put(CopyDone(ticket, indexes, into, self._read(refs, into, Tier.HBM)))

@@ -41,7 +41,7 @@ from memserve.pool.service import PoolService, StartPull
 from memserve.workers.batching import Batcher
 from memserve.workers.claims import Claims
 from memserve.workers.handover import Arrivals, Departures, StartCopy
-from memserve.workers.link import CopyDone, Event, Hangup, Link, PullDone, SwapDone
+from memserve.workers.link import CopyDone, CopyFailed, Event, Hangup, Link, PullDone, SwapDone
 from memserve.workers.sequence import Sequence, Slice
 from memserve.workers.swapping import StartSwap, Swapper
 
@@ -171,6 +171,8 @@ class Engine:
             case SwapDone(swap):
                 swap.commit()
                 self._batcher.loaded(swap)
+            case CopyFailed(error):
+                raise RuntimeError("a copy failed, and what it has written is unknown") from error
             case Settle():
                 self._settle(event)
             case Abort(ticket):

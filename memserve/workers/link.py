@@ -51,7 +51,14 @@ class SwapDone:
     swap: Swap
 
 
-Event: TypeAlias = ToWorker | CopyDone | PullDone | SwapDone | Hangup
+@dataclass(frozen=True, slots=True)
+class CopyFailed:
+    """The copy thread has met an error of our own; nobody knows what its copy has done."""
+
+    error: BaseException
+
+
+Event: TypeAlias = ToWorker | CopyDone | PullDone | SwapDone | CopyFailed | Hangup
 
 
 class Link:
@@ -101,6 +108,9 @@ class Link:
     async def _read(self) -> None:
         self._channel = await Channel.open(self._control, ToWorker)
         self._opened.set()
-        async for batch in self._channel.batches():
-            for message in batch:
-                self.inbox.put(message)
+        try:
+            async for batch in self._channel.batches():
+                for message in batch:
+                    self.inbox.put(message)
+        finally:  # whichever end has closed it, the socket is closed before the loop is
+            await self._channel.close()

@@ -1,6 +1,7 @@
 """Cluster, engines, pool and copies together, over the oracle of `rig`."""
 
 import asyncio
+import queue
 import random
 
 import pytest
@@ -9,6 +10,8 @@ from memserve.cluster.instance import Instance
 from memserve.errors import InvalidRequest, Overloaded, RequestFailed
 from memserve.messages import TokenEvent
 from memserve.scheduler.placement import Role
+from memserve.workers.copying import Copier
+from memserve.workers.link import CopyFailed, Event
 from tests.workers.rig import (
     BLOCK_SIZE,
     Crossing,
@@ -207,3 +210,20 @@ async def test_a_message_that_can_not_be_handled_leaves_nobody_waiting() -> None
             with pytest.raises(RequestFailed, match="mixed-0"):
                 [item async for item in tokens]
         assert cluster.problems() == ["worker mixed-0 has died"]
+
+
+def test_an_error_on_the_copy_thread_is_reported_and_not_swallowed() -> None:
+    inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    copier = Copier(BrokenTransfer(), None, inbox)  # type: ignore[arg-type]
+    copier.start(1, [0], [], [0])
+    copier.close()
+    event = inbox.get(timeout=10)
+    assert isinstance(event, CopyFailed)
+    assert isinstance(event.error, ZeroDivisionError)
+
+
+class BrokenTransfer:
+    needs_lease = False
+
+    def read(self, *_: object, **__: object) -> list[bool]:
+        raise ZeroDivisionError
