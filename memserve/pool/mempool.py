@@ -94,12 +94,6 @@ class MemPool:
         return self._blocks.of(Tier.HBM).num_free
 
     @property
-    def num_available(self) -> int:
-        """Blocks of HBM that are free or that eviction can free; bounds one `alloc_mem`."""
-        hbm = self._blocks.of(Tier.HBM)
-        return hbm.num_free + hbm.num_idle
-
-    @property
     def num_leaving(self) -> int:
         """Blocks of HBM that the swaps under way are to free."""
         return sum(len(swap.sources) for swap in self._open_swaps if swap.to is Tier.DRAM)

@@ -5,22 +5,12 @@ to stay on. Everything that must be settled before torch starts its threads is s
 OpenMP variables are in the environment already. Torch is imported by `memserve.workers.worker`.
 """
 
-import ctypes
 import os
 import signal
 import socket
 import sys
 
-PR_SET_PDEATHSIG = 1
-
-
-def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when the launcher's main thread ends; leave if it has."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    if os.getppid() != parent:
-        sys.exit(0)
+from memserve.machine import die_with_parent
 
 
 def main(arguments: list[str]) -> None:
