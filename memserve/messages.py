@@ -24,6 +24,7 @@ from typing import TypeAlias
 import msgspec
 
 from memserve.config import EngineConfig
+from memserve.pool.events import IndexEvent
 from memserve.pool.refs import ArenaDescriptor, BlockRef, TierStats
 from memserve.pool.remote import PoolReply, PoolRequest
 
@@ -91,6 +92,14 @@ class Submit(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     sampling: SamplingParams
     decode_on: int | None = None
     cache_salt: str = ""
+    reuse: bool = True
+    """Whether the instance's cache is looked up and fed (the paper's PD-Caching, Table 4)."""
+    order: float = 0.0
+    """Waiting prompts start in this order, then by ticket: fairness and priority in one number."""
+    first_fetched_block: int = 0
+    fetch: list[BlockRef] = []
+    """Blocks of the prompt, from number `first_fetched_block` on, to copy from where they are
+    unless the instance has them; what can't be had is computed."""
 
 
 class Expect(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
@@ -101,6 +110,7 @@ class Expect(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     prompt: list[int]
     sampling: SamplingParams
     cache_salt: str = ""
+    reuse: bool = True
 
 
 class Settle(msgspec.Struct, frozen=True, tag=True):
@@ -124,6 +134,16 @@ class Inspect(msgspec.Struct, frozen=True, tag=True):
 
 class ResetPrefixCache(msgspec.Struct, frozen=True, tag=True):
     """Drop every historical block that no request is using."""
+
+
+class ReportIndex(msgspec.Struct, frozen=True, tag=True):
+    """Tell all of the index anew: an `IndexEvents` that starts with `Cleared`."""
+
+
+class Calibrate(msgspec.Struct, frozen=True, tag=True):
+    """Run a few timed steps on an idle engine; answered with `Calibrated`."""
+
+    query: int
 
 
 class PoolCall(msgspec.Struct, frozen=True, tag=True):
@@ -243,10 +263,51 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """None where there is no DRAM tier."""
 
 
-class Heartbeat(msgspec.Struct, frozen=True, tag=True):
+class StepSample(msgspec.Struct, frozen=True, array_like=True):
+    """What one step computed, and how long it took."""
+
+    num_prefill_tokens: int
+    num_prefill_pairs: int
+    """Sum over those tokens of the tokens that each attends to, itself included."""
+    num_decodes: int
+    num_decode_pairs: int
+    """Sum over the decoding sequences of the tokens that each attends to."""
+    seconds: float
+
+
+class CopySample(msgspec.Struct, frozen=True, array_like=True):
+    """How long a copy out of another instance's arena took."""
+
+    num_bytes: int
+    seconds: float
+
+
+class Heartbeat(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """Sent by the engine loop itself, about once a second while it runs."""
 
     stats: EngineStats
+    steps: list[StepSample] = []
+    """Steps since the last heartbeat, a sample of them if there were many."""
+    copies: list[CopySample] = []
+
+
+class Calibrated(msgspec.Struct, frozen=True, tag=True):
+    """The answer to `Calibrate`."""
+
+    query: int
+    steps: list[StepSample]
+    copies: list[CopySample]
+
+
+class IndexEvents(msgspec.Struct, frozen=True, tag=True):
+    """What has changed in the worker's index; numbers are consecutive from 1 on.
+
+    They come before the tokens of the step that caused them. One that starts with `Cleared` may
+    have any number, from which the next ones count on.
+    """
+
+    number: int
+    events: list[IndexEvent]
 
 
 class Inspection(msgspec.Struct, frozen=True, tag=True):
@@ -267,6 +328,8 @@ ToWorker: TypeAlias = (
     | Published
     | Inspect
     | ResetPrefixCache
+    | ReportIndex
+    | Calibrate
     | PoolCall
     | ReleasePeer
     | Shutdown
@@ -282,5 +345,7 @@ ToLauncher: TypeAlias = (
     | Rejected
     | PoolAnswer
     | Heartbeat
+    | Calibrated
+    | IndexEvents
     | Inspection
 )

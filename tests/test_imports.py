@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "memserve"
 # A module may import those that stand on an earlier line, and its neighbours in one package.
 LAYERS = [
     {"memserve", "errors", "paths", "machine", "pool.refs"},
-    {"config", "native", "model.spec", "pool.remote"},
+    {"config", "native", "model.spec", "pool.remote", "pool.events"},
     {"messages"},
     {"generation", "channel", "pool"},
     {"scheduler"},
@@ -28,7 +28,15 @@ LAYERS = [
     {"__main__"},
 ]
 WORKER_ONLY = {"workers", "model", "pool"}
-SHARED = {"model.prepared", "model.spec", "pool.refs", "pool.index", "pool.remote"}
+SHARED = {
+    "model.prepared",
+    "model.spec",
+    "pool.events",
+    "pool.refs",
+    "pool.index",
+    "pool.tree",
+    "pool.remote",
+}
 
 
 def module_name(path: Path) -> str:

@@ -24,9 +24,11 @@ from memserve.errors import ChannelClosed, InvalidRequest, Overloaded, RequestEr
 from memserve.generation import ChoiceToken, Generation
 from memserve.messages import (
     Abort,
+    Calibrated,
     Declined,
     Expect,
     Heartbeat,
+    IndexEvents,
     Inspect,
     Inspection,
     PoolAnswer,
@@ -323,6 +325,8 @@ class Cluster:
                 self._inspections.answer(query, message)
             case PoolAnswer(number, reply):
                 self._calls.answer(number, reply)
+            case Calibrated() | IndexEvents():
+                raise NotImplementedError
             case Ready() | StartFailed():
                 raise AssertionError("a worker starts once")
             case _:

@@ -17,6 +17,7 @@ from typing import Protocol, assert_never
 from memserve.config import EngineConfig
 from memserve.messages import (
     Abort,
+    Calibrate,
     Configure,
     EngineStats,
     Expect,
@@ -28,6 +29,7 @@ from memserve.messages import (
     PoolCall,
     Published,
     ReleasePeer,
+    ReportIndex,
     ResetPrefixCache,
     Settle,
     Shutdown,
@@ -185,6 +187,8 @@ class Engine:
                 self._link.send(Inspection(query, self.stats(), self.audit()))
             case ResetPrefixCache():
                 self._pool.reset()
+            case ReportIndex() | Calibrate():
+                raise NotImplementedError
             case Shutdown() | Hangup():
                 self._stopping = True
             case Configure():
