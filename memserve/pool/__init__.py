@@ -1,10 +1,19 @@
 """The memory pool: KV blocks on two tiers, their index, and reads of other instances' arenas.
 
-The paper's nine calls (Table 1). On the own instance they are methods of `MemPool`, at once: `alloc_mem
-free_mem insert match delete swap_out swap_in`, besides `audit` and `stats`; the module
-`memserve.pool.mempool` holds the contract. On another instance they are coroutines of `RemotePool`:
-`alloc_mem free_mem transfer transfer_with_insert`, answered there by a `PoolService`. `MemfdTransfer`
-and `TierCopy` move the bytes.
+The paper's nine calls (Table 1). On the own instance they are methods of `MemPool`, at once, besides
+`audit` and `stats`; `memserve.pool.mempool` holds the contract. On another instance they are coroutines
+of `RemotePool`, answered there by a `PoolService`; `memserve.pool.remote` holds theirs.
+
+    alloc_mem(num_blocks, tier)                     RemotePool: (num_blocks, kind, instance)
+    free_mem(blocks)                                RemotePool: (refs)
+    insert(tokens, blocks, salt)                    match(tokens, salt, deepest=)
+    delete(tokens, salt)
+    swap_out(num_blocks)                            swap_in(blocks, into)
+    transfer(instance, source, destination, kind=, private=)
+    transfer_with_insert(instance, tokens, source, destination, kind=, salt=, private=)
+
+Where the paper has flags there are typed parameters: `kind` says which memory the receiver allocates
+when no `destination` is named. `MemfdTransfer` and `TierCopy` move the bytes.
 
 Names are imported when first used, so that `memserve.pool.index` and `memserve.pool.refs` serve
 processes that must not load torch.

@@ -13,7 +13,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from enum import StrEnum
-from typing import Protocol, TypeAlias, final
+from typing import Annotated, Protocol, TypeAlias, final
 
 import msgspec
 
@@ -21,6 +21,7 @@ from memserve.errors import ChannelClosed, OutOfBlocks, PoolError, StaleReferenc
 from memserve.pool.refs import BlockRef
 
 DEFAULT_LEASE_S = 30.0
+MAX_PRIVATE_BYTES = 4096
 RENEWALS_PER_LEASE = 3
 
 
@@ -64,6 +65,8 @@ class Pull(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     lease_s: float
     tokens: list[int] | None = None
     salt: str = ""
+    private: Annotated[bytes, msgspec.Meta(max_length=MAX_PRIVATE_BYTES)] = b""
+    """The caller's own data for whoever uses the blocks there, for example a ticket."""
 
 
 class Export(msgspec.Struct, frozen=True, tag=True):
@@ -145,13 +148,16 @@ class RemotePool:
         destination: Sequence[BlockRef] | None = None,
         *,
         kind: Kind = Kind.HBM,
+        private: bytes = b"",
     ) -> list[BlockRef]:
         """Copy `source` to `instance`: into leased blocks of it, or into new ones of `kind`.
 
         All or nothing: StaleReference if any source had lost its content before it was read.
-        Returns the blocks that hold the copies, under a lease.
+        Returns the blocks that hold the copies, under a lease. `private`, up to 4096 bytes that
+        mean something to the caller and the receiver only, is delivered there with the copies
+        (`PoolService`), before this returns; never if the call is refused.
         """
-        reply = await self._call(instance, self._pull(source, destination, kind))
+        reply = await self._call(instance, self._pull(source, destination, kind, private))
         return self._hold(instance, reply)
 
     async def transfer_with_insert(
@@ -163,14 +169,15 @@ class RemotePool:
         *,
         kind: Kind = Kind.HBM,
         salt: str = "",
+        private: bytes = b"",
     ) -> list[BlockRef]:
         """Copy `source`, K and V of the whole blocks of `tokens`, and let `instance` cache them.
 
         Only what it lacks is copied. If a source has lost its content, the prefix before it is kept.
         Returns the blocks that are cached for `tokens` there; they are not held. Those of
-        `destination` are given up.
+        `destination` are given up. `private` as for `transfer`.
         """
-        pull = self._pull(source, destination, kind)
+        pull = self._pull(source, destination, kind, private)
         pull = msgspec.structs.replace(pull, tokens=list(tokens), salt=salt)
         self._held.get(instance, set()).difference_update(destination or ())
         return _refs_of(await self._call(instance, pull))
@@ -204,13 +211,20 @@ class RemotePool:
                     del self._held[instance]
 
     def _pull(
-        self, source: Sequence[BlockRef], destination: Sequence[BlockRef] | None, kind: Kind
+        self,
+        source: Sequence[BlockRef],
+        destination: Sequence[BlockRef] | None,
+        kind: Kind,
+        private: bytes,
     ) -> Pull:
+        if len(private) > MAX_PRIVATE_BYTES:
+            raise PoolError(f"private data of {len(private)} bytes: {MAX_PRIVATE_BYTES} at most")
         return Pull(
             source=list(source),
             destination=None if destination is None else list(destination),
             kind=kind,
             lease_s=self._lease_s,
+            private=private,
         )
 
     def _hold(self, instance: int, reply: PoolReply) -> list[BlockRef]:

@@ -35,6 +35,9 @@ Answer = Callable[[int, PoolReply], None]
 StartPull = Callable[[int, list[BlockRef], list[int], Tier], None]
 """Copy (number, references, into these blocks of the arena of this tier); `pulled` hears the end."""
 
+Deliver = Callable[[bytes, list[BlockRef]], None]
+"""A transfer has arrived: its caller's `private` data, and the blocks that hold what it brought."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Copy:
@@ -46,12 +49,24 @@ class _Copy:
 
 
 class PoolService:
-    """Answers other instances' calls of one pool."""
+    """Answers other instances' calls of one pool.
 
-    def __init__(self, pool: MemPool, answer: Answer, start_pull: StartPull) -> None:
+    `deliver` hears of every transfer that brings private data, once its blocks are there and before
+    its caller does; without it nobody here asks for that data.
+    """
+
+    def __init__(
+        self,
+        pool: MemPool,
+        answer: Answer,
+        start_pull: StartPull,
+        *,
+        deliver: Deliver | None = None,
+    ) -> None:
         self._pool = pool
         self._answer = answer
         self._start_pull = start_pull
+        self._deliver = deliver
         self._deadlines: dict[int, float] = {}  # by leased block
         self._copies: dict[int, _Copy] = {}
         self.num_expired = 0
@@ -88,6 +103,9 @@ class PoolService:
         except PoolError as error:
             reply = Refused(str(error), type(error).__name__)
         self._pool.free_mem(copy.known + copy.new)
+        private = copy.request.private
+        if private and self._deliver is not None and isinstance(reply, Blocks):
+            self._deliver(private, reply.refs)
         self._answer(number, reply)
 
     def _keep(self, copy: _Copy, blocks: list[int], now: float) -> PoolReply:

@@ -32,7 +32,9 @@ class Served(Instance):
             self.pool,
             lambda number, reply: self.answers.append(PoolAnswer(number, reply)),
             lambda *copy: self.held.append(copy),
+            deliver=lambda private, refs: self.delivered.append((private, refs)),
         )
+        self.delivered: list[tuple[bytes, list[BlockRef]]] = []
 
     def run_copies(self) -> None:
         while self.held:
@@ -184,6 +186,29 @@ async def test_a_transfer_with_insert_copies_only_what_is_lacking_and_is_matched
                 assert served.holds(block, value)
         assert await remote.transfer_with_insert(1, PROMPT, refs) != cached  # now all in HBM
         assert served.service.num_pulled_blocks == 4
+
+
+async def test_private_data_reaches_the_receiver_with_the_blocks_that_it_came_with() -> None:
+    async with two_instances() as (remote, source, served):
+        refs = source.cache(PROMPT)
+        copies = await remote.transfer(1, refs, private=b"ticket 7")
+        assert served.delivered == [(b"ticket 7", copies)]
+        cached = await remote.transfer_with_insert(1, PROMPT, refs, private=b"\x00" * 4096)
+        assert served.delivered[1:] == [(b"\x00" * 4096, cached)]
+        await remote.transfer(1, refs[:1])
+        assert len(served.delivered) == 2
+
+
+async def test_private_data_of_a_refused_transfer_is_not_delivered() -> None:
+    async with two_instances() as (remote, source, served):
+        refs = source.cache(PROMPT)
+        gone = msgspec.structs.replace(refs[0], generation=refs[0].generation + 1)
+        with pytest.raises(StaleReference):
+            await remote.transfer(1, [gone], private=b"ticket 7")
+        with pytest.raises(PoolError, match="4096 at most"):
+            await remote.transfer(1, refs, private=b"x" * 4097)
+        assert served.delivered == []
+        assert served.pool.num_free == NUM_HBM
 
 
 async def test_a_source_that_lost_its_content_is_refused_or_ends_the_prefix() -> None:
