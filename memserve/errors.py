@@ -80,10 +80,24 @@ class BodyTooLarge(RequestError):
 
 
 class Overloaded(RequestError):
-    """The server can't take the request now; the client may try again (503)."""
+    """The server can't take the request now; the client may try again (503).
+
+    `retry_after` is the time in seconds after which that may be worth while; None: unknown.
+    """
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
     kind = "overloaded_error"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message, param=param, code=code)
+        self.retry_after = retry_after
 
 
 class RequestFailed(RequestError):

@@ -14,6 +14,7 @@ class Generation:
 
     Every one of `num_choices` answers is drawn independently: randomness is a function of
     (sampling.seed, choice, position) alone. Prompts share KV only under equal `cache_salt`.
+    The last three fields are for the scheduler: who asks, how urgently, and in which conversation.
     """
 
     request_id: str
@@ -21,6 +22,12 @@ class Generation:
     sampling: SamplingParams
     num_choices: int = 1
     cache_salt: str = ""
+    priority: int = 0
+    """Lower is served earlier, as in vLLM."""
+    tenant: str = ""
+    """Whose request it is; tenants share the server fairly."""
+    session: str = ""
+    """Requests of one session are turns of one conversation; empty: unknown."""
 
 
 @dataclass(frozen=True, slots=True)

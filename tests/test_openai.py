@@ -16,11 +16,13 @@ from memserve.frontend.timeline import Timeline
 from memserve.generation import ChoiceToken, Generation
 from memserve.messages import TokenEvent
 from memserve.openai.answer import Choice, Delta
-from memserve.openai.plan import Plan, ServedModel, TextRules, plan_chat, plan_completion
+from memserve.openai.plan import Caller, Plan, ServedModel, TextRules, plan_chat, plan_completion
 from memserve.openai.presenting import LEAST_LOGPROB, presenter_for
 from memserve.openai.requests import ChatRequest, CompletionRequest, read_body
 from memserve.tokens import Tokenizer
 from tests.fakes import EOS, VOCAB_SIZE, ScriptedGenerator, byte_tokenizer
+
+CALLER = Caller(request_id="id")
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +43,12 @@ def model(tokenizer: Tokenizer) -> ServedModel:
 
 
 def completion(served: ServedModel, /, **fields: Any) -> Plan:
-    return plan_completion(json.dumps({"prompt": "abc", **fields}).encode(), served, "id")
+    return plan_completion(json.dumps({"prompt": "abc", **fields}).encode(), served, CALLER)
 
 
 def chat(served: ServedModel, /, **fields: Any) -> Plan:
     messages = [{"role": "user", "content": "abc"}]
-    return plan_chat(json.dumps({"messages": messages, **fields}).encode(), served, "id")
+    return plan_chat(json.dumps({"messages": messages, **fields}).encode(), served, CALLER)
 
 
 def life() -> Timeline:
@@ -87,6 +89,17 @@ def test_logprobs_are_asked_for_in_each_apis_own_way(model: ServedModel) -> None
     assert chat(model, logprobs=True).logprobs == 0
     assert chat(model, logprobs=True, top_logprobs=20).logprobs == 20
     assert chat(model, logprobs=False, top_logprobs=0).logprobs is None
+
+
+def test_a_tenant_is_its_key_or_else_its_salt_and_user(model: ServedModel) -> None:
+    def tenant(**fields: Any) -> str:
+        return completion(model, **fields).generations[0].tenant
+
+    assert tenant() == tenant(user="", cache_salt=None) == ""
+    assert len({tenant(user="ab"), tenant(cache_salt="ab"), tenant(cache_salt="a", user="b")}) == 3
+    body = json.dumps({"prompt": "abc", "user": "u"}).encode()
+    keyed = plan_completion(body, model, Caller(request_id="id", tenant="key 1"))
+    assert keyed.generations[0].tenant == "key 1"
 
 
 def test_another_models_name_is_not_found(model: ServedModel) -> None:

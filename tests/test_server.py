@@ -421,6 +421,7 @@ async def test_sampling_fields_reach_the_generation(served: Served) -> None:
         "n": 2,
         "best_of": 2,
         "user": "u",
+        "priority": -5,
         "stop": None,
         "stream": None,
     }
@@ -430,6 +431,7 @@ async def test_sampling_fields_reach_the_generation(served: Served) -> None:
     sampling = generation.sampling
     assert generation.prompt == [2, 3, 4]
     assert generation.cache_salt == "tenant"
+    assert (generation.priority, generation.tenant) == (-5, "tenant\0u")
     assert generation.num_choices == 2
     assert sampling.logit_bias == {5: 100.0, 6: -1.0}
     assert sampling.stop_token_ids == (9,)
@@ -495,6 +497,8 @@ MALFORMED: list[tuple[str, object, str | None]] = [
     (COMPLETIONS, {"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias"),
     (COMPLETIONS, {"prompt": "a", "logit_bias": {str(VOCAB_SIZE): 1}}, "logit_bias"),
     (COMPLETIONS, {"prompt": "a", "logit_bias": [1]}, "logit_bias"),
+    (COMPLETIONS, {"prompt": "a", "priority": 1 << 31}, "priority"),
+    (COMPLETIONS, {"prompt": "a", "priority": "high"}, "priority"),
     (COMPLETIONS, {"prompt": "a", "stop": ""}, "stop"),
     (COMPLETIONS, {"prompt": "a", "stop": ["a", ""]}, "stop"),
     (COMPLETIONS, {"prompt": "a", "stop": ["a"] * 17}, "stop"),
@@ -619,10 +623,11 @@ async def test_a_request_that_is_not_admitted_gets_a_plain_error(
     served.generator.refusal = InvalidRequest("can never fit")
     status, answer = await served.post(COMPLETIONS, body)
     assert (status, answer["error"]["message"]) == (400, "can never fit")
-    served.generator.refusal = Overloaded("full")
-    async with served.http.post(served.url + COMPLETIONS, json=body) as response:
-        assert response.status == 503
-        assert int(response.headers["Retry-After"]) >= 1
+    for retry_after, told in ((None, "1"), (0.2, "1"), (2.5, "3"), (1e9, "60")):
+        served.generator.refusal = Overloaded("full", retry_after=retry_after)
+        async with served.http.post(served.url + COMPLETIONS, json=body) as response:
+            assert response.status == 503
+            assert response.headers["Retry-After"] == told
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -822,6 +827,16 @@ async def test_equal_request_ids_of_two_clients_do_not_meet(served: Served) -> N
         served.url + "/health", headers={"X-Request-Id": "x" * 500}
     ) as response:
         assert len(response.headers["X-Request-Id"]) == 32
+
+
+@pytest.mark.parametrize(("given", "session"), [("chat-7", "chat-7"), ("a b", ""), (None, "")])
+async def test_a_session_is_named_in_a_header(
+    served: Served, given: str | None, session: str
+) -> None:
+    headers = {} if given is None else {"X-Session-ID": given}
+    async with served.http.post(served.url + CHATS, json=CHAT, headers=headers) as response:
+        assert response.status == 200
+    assert served.generator.generations[0].session == session
 
 
 async def test_a_request_leaves_one_line_in_the_log_and_no_prompt(

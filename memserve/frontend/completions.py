@@ -17,11 +17,11 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from memserve.errors import InvalidRequest, Overloaded, RequestError, RequestFailed
-from memserve.frontend.middleware import request_id
+from memserve.frontend.middleware import caller, request_id
 from memserve.frontend.service import FRONTEND, json_response, run_sized
 from memserve.frontend.streaming import open_answers
 from memserve.frontend.timeline import Moment, Timeline
-from memserve.openai.plan import Plan, ServedModel, plan_chat, plan_completion
+from memserve.openai.plan import Caller, Plan, ServedModel, plan_chat, plan_completion
 from memserve.openai.presenting import Presenter, presenter_for
 from memserve.openai.responses import PromptTokensDetails, Usage, error_body
 
@@ -33,7 +33,7 @@ STREAM_HEADERS = {
     "X-Accel-Buffering": "no",
 }
 
-PlanMaker = Callable[[bytes, ServedModel, str], Plan]
+PlanMaker = Callable[[bytes, ServedModel, Caller], Plan]
 
 
 async def create_completion(request: web.Request) -> web.StreamResponse:
@@ -89,7 +89,7 @@ async def _respond(
 ) -> web.StreamResponse:
     frontend = request.app[FRONTEND]
     body = await read(request)
-    plan = await run_sized(request.app, len(body), make_plan, body, frontend.model, life.request_id)
+    plan = await run_sized(request.app, len(body), make_plan, body, frontend.model, caller(request))
     life.num_prompt_tokens = plan.num_prompt_tokens
     life.max_tokens = plan.generations[0].sampling.max_tokens
     presenter = presenter_for(

@@ -2,6 +2,7 @@
 
 import hmac
 import logging
+import math
 import uuid
 from http import HTTPStatus
 
@@ -18,17 +19,19 @@ from memserve.errors import (
     Unauthorized,
 )
 from memserve.frontend.service import json_response
-from memserve.openai.plan import REQUEST_ID
+from memserve.openai.plan import REQUEST_ID, Caller
 from memserve.openai.responses import error_body
 
 logger = logging.getLogger(__name__)
 
 REQUEST_ID_HEADER = "X-Request-Id"
+SESSION_HEADER = "X-Session-Id"
 REQUEST_KEY = web.RequestKey("REQUEST_KEY", str)
 OPEN_PATHS = frozenset({"/health"})
 """What answers without an API key."""
 
-RETRY_AFTER_S = 1
+MIN_RETRY_AFTER_S = 1
+MAX_RETRY_AFTER_S = 60
 
 
 def request_id(request: web.Request) -> str:
@@ -37,6 +40,15 @@ def request_id(request: web.Request) -> str:
         given = request.headers.get(REQUEST_ID_HEADER, "")
         request[REQUEST_KEY] = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
     return request[REQUEST_KEY]
+
+
+def caller(request: web.Request) -> Caller:
+    """Who sends the request, as far as its headers tell; a session unfit for a log is none."""
+    session = request.headers.get(SESSION_HEADER, "")
+    return Caller(
+        request_id=request_id(request),
+        session=session if REQUEST_ID.fullmatch(session) else "",
+    )
 
 
 async def send_request_id(request: web.Request, response: web.StreamResponse) -> None:
@@ -69,8 +81,14 @@ def error_response(error: RequestError, *, status: int | None = None) -> web.Res
     """The response for `error`, by default with the error's own status."""
     response = json_response(error_body(error), status=status or error.status)
     if isinstance(error, Overloaded):
-        response.headers["Retry-After"] = str(RETRY_AFTER_S)
+        response.headers["Retry-After"] = str(_whole_seconds(error.retry_after))
     return response
+
+
+def _whole_seconds(retry_after: float | None) -> int:
+    """The value of a `Retry-After` header: whole seconds, at least one, and not for ever."""
+    seconds = min(retry_after or MIN_RETRY_AFTER_S, MAX_RETRY_AFTER_S)
+    return max(math.ceil(seconds), MIN_RETRY_AFTER_S)
 
 
 def require_api_key(api_key: str) -> Middleware:

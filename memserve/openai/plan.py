@@ -55,6 +55,16 @@ class ServedModel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Caller:
+    """What is known of a request besides its body."""
+
+    request_id: str
+    session: str = ""
+    tenant: str = ""
+    """Whose API key it came with, where there are several; else salt and user tell tenants apart."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TextRules:
     """How tokens become the text that a client sees."""
 
@@ -93,7 +103,7 @@ class Plan:
         return sum(len(generation.prompt) for generation in self.generations)
 
 
-def plan_completion(body: bytes, model: ServedModel, request_id: str) -> Plan:
+def plan_completion(body: bytes, model: ServedModel, caller: Caller) -> Plan:
     """The plan for a body of POST /v1/completions."""
     request = read_body(body, CompletionRequest)
     model.check_name(request.model)
@@ -113,7 +123,7 @@ def plan_completion(body: bytes, model: ServedModel, request_id: str) -> Plan:
         "completion",
         request,
         model,
-        request_id,
+        caller,
         prompts=encoded,
         max_tokens=request.max_tokens,
         logprobs=validation.completion_logprobs(request),
@@ -121,7 +131,7 @@ def plan_completion(body: bytes, model: ServedModel, request_id: str) -> Plan:
     )
 
 
-def plan_chat(body: bytes, model: ServedModel, request_id: str) -> Plan:
+def plan_chat(body: bytes, model: ServedModel, caller: Caller) -> Plan:
     """The plan for a body of POST /v1/chat/completions."""
     request = read_body(body, ChatRequest)
     model.check_name(request.model)
@@ -134,7 +144,7 @@ def plan_chat(body: bytes, model: ServedModel, request_id: str) -> Plan:
         "chat",
         request,
         model,
-        request_id,
+        caller,
         prompts=[prompt],
         max_tokens=asked if asked is not None else request.max_tokens,
         logprobs=validation.chat_logprobs(request),
@@ -169,7 +179,7 @@ def _plan(
     kind: Literal["completion", "chat"],
     request: CommonFields,
     model: ServedModel,
-    request_id: str,
+    caller: Caller,
     *,
     prompts: list[list[int]],
     max_tokens: int | None,
@@ -182,7 +192,8 @@ def _plan(
     num_choices = validation.num_choices(request)
     stops = validation.stop_strings(request)
     seed = validation.requested_seed(request)
-    request_id = _request_id(request.request_id, request_id)
+    priority = validation.priority(request)
+    request_id = _request_id(request.request_id, caller.request_id)
     generations = []
     for prompt in prompts:
         number = next(model.numbers)
@@ -208,6 +219,9 @@ def _plan(
                 sampling=params,
                 num_choices=num_choices,
                 cache_salt=request.cache_salt or "",
+                priority=priority,
+                tenant=caller.tenant or _tenant(request),
+                session=caller.session,
             )
         )
     sampling = generations[0].sampling
@@ -236,6 +250,13 @@ def _plan(
 def _without_tools(request: ChatRequest) -> ChatRequest:
     """The request as the template sees it when the model may call nothing."""
     return msgspec.structs.replace(request, tools=None)
+
+
+def _tenant(request: CommonFields) -> str:
+    """Who asks, as far as the body tells: the salt and the user, a NUL between them."""
+    if not request.cache_salt and not request.user:
+        return ""
+    return f"{request.cache_salt or ''}\0{request.user or ''}"
 
 
 def _request_id(given: str | None, default: str) -> str:

@@ -56,6 +56,7 @@ class CommonFields(msgspec.Struct, kw_only=True):
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = None
     cache_salt: str | None = None
+    priority: int | None = None
     return_token_ids: bool | None = None
     response_format: ResponseFormat | None = None
     user: str | None = None

@@ -18,6 +18,7 @@ MAX_STOP_TOKEN_IDS = 1024
 MAX_TOP_LOGPROBS = 20
 BIAS_BOUND = 100.0
 SEED_BOUND = 1 << 63
+PRIORITY_BOUND = 1 << 31
 
 
 def not_supported(field: str, *, why: str = "") -> InvalidRequest:
@@ -145,6 +146,11 @@ def stop_strings(request: CommonFields) -> tuple[str, ...]:
             f"A string of `stop` may have at most {MAX_STOP_LENGTH} characters.", param="stop"
         )
     return stops
+
+
+def priority(request: CommonFields) -> int:
+    """How urgent the request is, a signed 32-bit integer; lower is served earlier."""
+    return _integer("priority", request.priority, 0, low=-PRIORITY_BOUND, high=PRIORITY_BOUND - 1)
 
 
 def requested_seed(request: CommonFields) -> int | None:
