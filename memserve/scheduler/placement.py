@@ -7,28 +7,12 @@ instance that was chosen least recently.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Protocol
 
+from memserve.scheduler.interface import Role
 from memserve.scheduler.prompt_tree import PromptTree
 
-
-class Role(StrEnum):
-    """What the scheduler sends to an instance."""
-
-    PREFILL = "prefill"
-    DECODE = "decode"
-    MIXED = "mixed"
-
-    @property
-    def prefills(self) -> bool:
-        """Whether prompts are sent there."""
-        return self is not Role.DECODE
-
-    @property
-    def decodes(self) -> bool:
-        """Whether answers are generated there."""
-        return self is not Role.PREFILL
+__all__ = ["LeastWork", "Load", "Placement", "Policy", "Role"]
 
 
 @dataclass(slots=True)

@@ -1,0 +1,98 @@
+"""What the scheduler is asked and what it answers. Values only; times are seconds."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal
+
+from memserve.pool.refs import BlockRef
+
+RoutingPolicy = Literal["round-robin", "least-load", "session", "prompt-tree", "cost"]
+ContextCaching = Literal["off", "1", "2", "3"]
+FetchPolicy = Literal["cost", "always", "never"]
+
+
+class Role(StrEnum):
+    """What the scheduler sends to an instance."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    MIXED = "mixed"
+
+    @property
+    def prefills(self) -> bool:
+        """Whether prompts are sent there."""
+        return self is not Role.DECODE
+
+    @property
+    def decodes(self) -> bool:
+        """Whether answers are generated there."""
+        return self is not Role.PREFILL
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """A request, as far as its place depends on it."""
+
+    prompt: list[int]
+    max_tokens: int
+    salt: str = ""
+    num_choices: int = 1
+    priority: int = 0
+    """Lower is more urgent."""
+    tenant: str = ""
+    """Whose share of the workers it takes."""
+    session: str = ""
+    """The conversation it belongs to, if the client said so."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Blocks to copy from another instance's arena instead of computing them (the paper's Eq. 2)."""
+
+    source: int
+    first_block: int
+    """Number of `refs[0]` in the prompt."""
+    refs: list[BlockRef]
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a placement is expected to take, counted from the decision."""
+
+    ttft: float
+    jct: float
+    prefill: float
+    """The prefill's own computing time, without the wait before it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Where a request runs; equal instances mean that nothing is handed over."""
+
+    prefill: int
+    decode: int
+    num_cached_tokens: int
+    """Prompt tokens that the prefill instance probably has, without those fetched."""
+    num_fetched_tokens: int = 0
+    fetch: Fetch | None = None
+    reuse_prefill: bool = True
+    """Whether the prefill instance's cache is looked up and fed (PD-Caching, PAPER §2)."""
+    reuse_decode: bool = True
+    order: float = 0.0
+    """Waiting prompts of an instance start in this order."""
+    prediction: Prediction | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    """What the operator chose, as far as placement depends on it."""
+
+    block_size: int
+    max_num_batched_tokens: int
+    max_num_seqs: int
+    routing_policy: RoutingPolicy = "cost"
+    context_caching: ContextCaching = "3"
+    fetch_policy: FetchPolicy = "cost"
+    elastic_roles: bool = True
+    slo_ttft: float | None = None
+    slo_tpot: float | None = None
