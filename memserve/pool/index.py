@@ -177,6 +177,16 @@ class RadixIndex(Generic[V]):
                 values = [value for step in path for value in step.values]
                 yield edge.salt, b"".join(step.key for step in path), values
 
+    def runs(self) -> Iterator[tuple[str, V | None, bytes, list[V]]]:
+        """All values as runs: salt, the value that a run continues, its packed tokens, its values.
+
+        Every run comes after the one that it continues; None starts a prompt.
+        """
+        for root in self._tree.roots.values():
+            for edge in root.subtree()[1:]:
+                above = edge.parent.values[-1] if edge.parent and edge.parent.values else None
+                yield edge.salt, above, edge.key, edge.values
+
     def __iter__(self) -> Iterator[tuple[str, bytes, V]]:
         """Each value with its salt and the packed tokens of the whole prefix that it ends."""
         roots = self._tree.roots.values()

@@ -27,8 +27,7 @@ instances are not its business.
 """
 
 from array import array
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import final
@@ -36,14 +35,13 @@ from typing import final
 import msgspec
 
 from memserve.errors import OutOfBlocks, PoolError
+from memserve.pool.changes import Changes, Listener
+from memserve.pool.events import IndexEvent
 from memserve.pool.generations import GenerationTable
 from memserve.pool.index import RadixIndex, Tokens, pack_tokens
 from memserve.pool.pending import Match, Swap
 from memserve.pool.refs import ArenaDescriptor, BlockRef, Tier, TierStats
-from memserve.pool.tiers import TieredBlocks, TierMemory
-
-Holdings = Mapping[str, Sequence[int]]
-"""Blocks by the name of who holds them; a block held twice stands twice."""
+from memserve.pool.tiers import Holdings, TieredBlocks, TierMemory
 
 
 class PoolStats(msgspec.Struct, frozen=True):
@@ -83,10 +81,19 @@ class MemPool:
         self.block_size = descriptor.layout.block_size
         self._blocks = TieredBlocks(_Memory(descriptor, generations), dram)
         self._index: RadixIndex[int] = RadixIndex(self.block_size, num_levels=len(Tier))
+        self._changes = Changes(self._blocks, self.block_size)
         self._open_matches: set[Match] = set()
         self._open_swaps: set[Swap] = set()
         self._evictions = self._hit_tokens = self._queried_tokens = 0
         self._num_swapped = dict.fromkeys(Tier, 0)
+
+    def listen(self, listener: Listener) -> None:
+        """Tell `listener` of every change of the index from now on, right after it."""
+        self._changes.listener = listener
+
+    def index_events(self) -> Iterator[IndexEvent]:
+        """All of the index anew, `Cleared` first; nothing may change it meanwhile."""
+        return self._changes.everything(self._index)
 
     @property
     def num_free(self) -> int:
@@ -169,7 +176,9 @@ class MemPool:
         new = blocks[len(known) :]
         if not self.has_dram:
             self._blocks.index(new)
-            return self._index.insert(packed, blocks, salt)
+            held = self._index.insert(packed, blocks, salt)
+            self._changes.inserted(salt, packed, held, len(known))
+            return held
         tier_of = self.tier_of
         faster = {
             old: own for old, own in zip(known, blocks, strict=False) if tier_of(own) < tier_of(old)
@@ -179,18 +188,20 @@ class MemPool:
         if tiers != sorted(tiers):
             raise PoolError("a block in HBM can't continue a prefix that lies in DRAM")
         self._blocks.index([*faster.values(), *new])
-        self._blocks.unindex(self._index.move(faster, Tier.HBM))
+        replaced = self._index.move(faster, Tier.HBM)
+        self._blocks.unindex(replaced)
+        self._changes.moved(faster, replaced)
         self._index.insert(packed, path[: tiers.count(Tier.HBM)], salt)
-        return self._index.insert(packed, path, salt, level=Tier.DRAM)
+        held = self._index.insert(packed, path, salt, level=Tier.DRAM)
+        self._changes.inserted(salt, packed, held, len(known))
+        return held
 
     def delete(self, tokens: Tokens, salt: str = "") -> int:
         """Drop a prompt's cached data and its continuations; the number of blocks dropped.
 
         Prefixes shared with other prompts stay. Requests that hold dropped blocks keep them.
         """
-        dropped = self._index.delete(tokens, salt)
-        self._blocks.unindex(dropped)
-        return len(dropped)
+        return self._dropped(self._index.delete(tokens, salt))
 
     def reset(self) -> int:
         """Drop all historical blocks that nobody holds, also those on their way to another tier.
@@ -205,8 +216,7 @@ class MemPool:
                 partial=True,
                 level=tier,
             )
-            self._blocks.unindex(dropped)
-            num_dropped += len(dropped)
+            num_dropped += self._dropped(dropped)
         return num_dropped
 
     def swap_out(self, num_blocks: int) -> Swap | None:
@@ -313,10 +323,10 @@ class MemPool:
         problems = [*self._blocks.audit(), *self._index.audit()]
         matches = {f"match {i}": match.blocks for i, match in enumerate(self._open_matches)}
         swaps = {f"swap {i}": swap.destinations for i, swap in enumerate(self._open_swaps)}
-        problems += self._unexplained("references", {**holdings, **matches, **swaps})
+        problems += self._blocks.unexplained("references", {**holdings, **matches, **swaps})
         if in_flight is not None:
             moving = {f"swap {i}": swap.blocks for i, swap in enumerate(self._open_swaps)}
-            problems += self._unexplained("in flight", {**in_flight, **moving})
+            problems += self._blocks.unexplained("in flight", {**in_flight, **moving})
         entries = [block for _, _, block in self._index]
         if len(set(entries)) != len(entries):
             problems.append("a block stands twice in the index")
@@ -350,6 +360,7 @@ class MemPool:
             moved = self._index.move(wanted, swap.to)
             self._blocks.index([destination[block] for block in moved])
             self._blocks.unindex(moved)
+            self._changes.moved(destination, moved)
             self._num_swapped[swap.to] += len(moved)
         self._blocks.end_io(swap.blocks)
         self._blocks.release(swap.destinations)
@@ -368,17 +379,11 @@ class MemPool:
 
     def _evict(self, num_blocks: int, tier: Tier, *, partial: bool = False) -> int:
         victims = self._index.evict(num_blocks, self._blocks.is_idle, partial=partial, level=tier)
-        self._blocks.unindex(victims)
         self._evictions += len(victims)
-        return len(victims)
+        return self._dropped(victims)
 
-    def _unexplained(self, what: str, holdings: Holdings) -> list[str]:
-        explained = Counter(block for blocks in holdings.values() for block in blocks)
-        count = self._blocks.num_references if what == "references" else self._blocks.num_io
-        problems = []
-        for block in self._blocks.all_blocks():
-            if count(block) != explained[block]:
-                owners = [name for name, blocks in holdings.items() if block in blocks]
-                counts = f"{count(block)} {what}, {explained[block]} explained"
-                problems.append(f"block {block}: {counts} by {owners}")
-        return problems
+    def _dropped(self, blocks: list[int]) -> int:
+        """The index has let go of these; how many they are."""
+        self._blocks.unindex(blocks)
+        self._changes.removed(blocks)
+        return len(blocks)

@@ -5,14 +5,17 @@ blocks of both, checks all of them before it changes one, and otherwise does wha
 says. Single-threaded: the engine's main loop owns it.
 """
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Literal, Protocol
 
 from memserve.pool.blocks import BlockAllocator
 from memserve.pool.generations import GenerationTable
 from memserve.pool.refs import ArenaDescriptor, BlockRef, Tier, TierStats
 
 Blocks = Sequence[int]
+Holdings = Mapping[str, Blocks]
+"""Blocks by the name of who holds them; a block held twice stands twice."""
 
 
 class TierMemory(Protocol):
@@ -131,6 +134,11 @@ class TieredBlocks:
             for ref in _refs(self._memories[self.tier_of(block)], [self.place(block)])
         ]
 
+    def generations(self, blocks: Blocks) -> list[int]:
+        """The generation of each of these blocks, which all lie on one tier."""
+        memory = self._memories[self.tier_of(blocks[0])]
+        return memory.generations.load([self.place(block) for block in blocks])
+
     def all_blocks(self) -> range:
         """Every number."""
         return range(self._num_hbm + self._dram.num_blocks)
@@ -151,6 +159,20 @@ class TieredBlocks:
     def audit(self) -> list[str]:
         """Recount from scratch; what doesn't agree with the counters, in words."""
         return [*self._hbm.audit(), *(f"DRAM: {problem}" for problem in self._dram.audit())]
+
+    def unexplained(
+        self, what: Literal["references", "in flight"], holdings: Holdings
+    ) -> list[str]:
+        """The blocks whose count of references, or of copies and steps, is not what is named."""
+        explained = Counter(block for blocks in holdings.values() for block in blocks)
+        count = self.num_references if what == "references" else self.num_io
+        problems = []
+        for block in self.all_blocks():
+            if count(block) != explained[block]:
+                owners = [name for name, blocks in holdings.items() if block in blocks]
+                counts = f"{count(block)} {what}, {explained[block]} explained"
+                problems.append(f"block {block}: {counts} by {owners}")
+        return problems
 
     def _by_tier(self, blocks: Blocks) -> tuple[Blocks, Blocks]:
         """Arena numbers of the blocks in HBM and of those in DRAM."""

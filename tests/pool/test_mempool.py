@@ -15,6 +15,7 @@ from memserve.pool.generations import GenerationTable, load_native_blocks
 from memserve.pool.mempool import MemPool
 from memserve.pool.pending import Match
 from memserve.pool.refs import ArenaDescriptor, ArenaLayout, BlockRef
+from tests.pool.replica import Replica, held_by
 
 BLOCK = 2
 NUM_BLOCKS = 8
@@ -60,6 +61,8 @@ class PoolAgainstOracle(RuleBasedStateMachine):
     @initialize()
     def start(self) -> None:
         self.pool = new_pool()
+        self.replica = Replica(BLOCK)
+        self.pool.listen(self.replica.apply)
         self.generations = self.pool._blocks._memories[0].generations
         self.arena: dict[int, int] = {}
         self.cached: dict[Key, int] = {}
@@ -245,6 +248,10 @@ class PoolAgainstOracle(RuleBasedStateMachine):
                 assert self.arena[block] == content(key)
         for match, keys in self.matches:
             assert [self.arena[block] for block in match.blocks] == [content(k) for k in keys]
+
+    @invariant()
+    def the_events_give_the_index(self) -> None:
+        assert self.replica.holds() == held_by(self.pool)
 
     @invariant()
     def a_reference_is_good_exactly_while_its_content_was_kept(self) -> None:

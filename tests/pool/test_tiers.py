@@ -22,6 +22,7 @@ from memserve.pool.refs import ArenaLayout, BlockRef, Tier
 from memserve.pool.transfer.memfd import MemfdTransfer
 from memserve.pool.transfer.tiers import TierCopy
 from tests.pool.peer import native_blocks
+from tests.pool.replica import Replica, held_by
 
 BLOCK = 2
 NUM_HBM, NUM_DRAM = 7, 5
@@ -76,6 +77,8 @@ class Instance:
         }
         hbm, dram = self.arenas[Tier.HBM], self.arenas[Tier.DRAM]
         self.pool = MemPool(hbm.descriptor, hbm.generations, dram=dram)
+        self.replica = Replica(BLOCK)
+        self.pool.listen(self.replica.apply)
         self.tier_copy = TierCopy(hbm, dram, native)
         self.transfer = MemfdTransfer(hbm, native, dram=dram)
         self.requests: list[Request] = []
@@ -256,6 +259,29 @@ class TwoInstances(RuleBasedStateMachine):
             with pytest.raises(PoolError):
                 swap.rollback()
 
+    @rule(side=sides, tokens=prompts, salt=salts, n=st.integers(1, 4))
+    def a_prompt_becomes_history_and_goes_to_dram(
+        self, side: int, tokens: list[int], salt: str, n: int
+    ) -> None:
+        """All at once, since chance alone rarely puts these steps one after the other."""
+        instance = self.instances[side]
+        num_requests = len(instance.requests)
+        self.a_request_computes_what_is_not_cached_in_hbm(side, tokens, salt, insert=True)
+        for request in instance.requests[num_requests:]:
+            instance.pool.free_mem(request.blocks)
+        del instance.requests[num_requests:]
+        self.history_is_swapped_out(side, n)
+        self.all_copies_of_swaps_run(side)
+
+    @rule(side=sides)
+    def all_copies_of_swaps_run(self, side: int) -> None:
+        instance = self.instances[side]
+        for swap, copied in instance.swaps:
+            if not copied:
+                instance.tier_copy.copy(*swap.places, swap.to)
+            swap.commit()
+        instance.swaps.clear()
+
     # Pulls from the other instance's arenas, of either tier into either
 
     @rule(side=sides, tokens=prompts, salt=salts, tier=tiers)
@@ -301,6 +327,16 @@ class TwoInstances(RuleBasedStateMachine):
     def the_books_agree(self) -> None:
         for instance in getattr(self, "instances", ()):
             assert instance.audit() == []
+
+    @invariant()
+    def the_events_give_the_index(self) -> None:
+        for instance in getattr(self, "instances", ()):
+            assert instance.replica.holds() == held_by(instance.pool)
+
+    @rule(side=sides)
+    def a_newcomer_hears_everything(self, side: int) -> None:
+        instance = self.instances[side]
+        instance.replica.apply_all(instance.pool.index_events())
 
     @invariant()
     def every_kept_block_has_the_bytes_of_its_tokens(self) -> None:
