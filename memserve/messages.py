@@ -252,6 +252,10 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_pulled_blocks: int = 0
     num_pulled_bytes: int = 0
     num_failed_pulls: int = 0
+    num_fetched_blocks: int = 0
+    """Cached blocks of prompts copied from other instances instead of computed."""
+    num_failed_fetches: int = 0
+    """Fetches that found less than was named."""
     num_handovers: int = 0
     num_declined: int = 0
     num_evictions: int = 0

@@ -68,6 +68,7 @@ class EngineSubject:
             start_copy=_no_peer,
             start_swap=_no_peer,
             start_pull=_no_peer,
+            start_fetch=_no_peer,
             map_peer=_no_peer,
         )
         self._tickets = itertools.count()

@@ -252,6 +252,8 @@ COUNTERS: tuple[Series, ...] = (
     ("pulled_blocks", "Blocks copied from other instances.", lambda s: s.num_pulled_blocks),
     ("pulled_bytes", "Bytes copied from other instances.", lambda s: s.num_pulled_bytes),
     ("failed_pulls", "Copies whose source was gone.", lambda s: s.num_failed_pulls),
+    ("fetched_blocks", "Cached blocks had from other instances.", lambda s: s.num_fetched_blocks),
+    ("failed_fetches", "Fetches that found less than named.", lambda s: s.num_failed_fetches),
     ("handovers", "Requests taken over from another instance.", lambda s: s.num_handovers),
     ("declined_handovers", "Requests not taken over.", lambda s: s.num_declined),
     ("swapped_out_blocks", "Blocks moved from HBM to DRAM.", lambda s: s.num_swapped_out_blocks),

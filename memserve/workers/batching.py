@@ -1,11 +1,12 @@
 """Which tokens the next step computes: one scheduler without phases.
 
 A step takes the newest token of every decoding sequence and, with what is left of its token budget,
-chunks of prompts. A prompt is admitted when the pool has room for all of it, in ticket order; a
-sequence that can't grow takes blocks from the youngest claim, which computes again later what it
-lost (mostly a cache hit). A prompt whose history lies in DRAM gets all its room at once and runs when
-the history is there. A prompt that shares a prefix with one that is being computed waits for it
-rather than computing the same blocks beside it.
+chunks of prompts. A prompt is admitted when the pool has room for all of it, in the order that came
+with it, then by ticket; a sequence that can't grow takes blocks from the youngest claim, which
+computes again later what it lost (mostly a cache hit). A prompt whose history lies in DRAM or with
+another instance gets all its room at once and runs when the history is there (`fetching`). A prompt
+that shares a prefix with one that is being computed or loaded waits for it rather than computing the
+same blocks beside it.
 
 Knows blocks and tickets, no tensors and no messages.
 """
@@ -21,10 +22,12 @@ from memserve.errors import OutOfBlocks
 from memserve.pool.mempool import MemPool
 from memserve.pool.pending import Match, Swap
 from memserve.workers.claims import Claims
+from memserve.workers.fetching import Fetch, Loads
 from memserve.workers.sequence import Sequence, Slice
 from memserve.workers.swapping import Swapper
 
 BY_TICKET = attrgetter("ticket")
+BY_ORDER = attrgetter("order", "ticket")
 
 
 class Admission(Enum):
@@ -32,7 +35,7 @@ class Admission(Enum):
 
     RUNS = auto()
     LOADS = auto()
-    """It has its room; its history comes from DRAM."""
+    """It has its room; its history is on the way there."""
     POSTPONED = auto()
     """What it needs is on its way for another one; those behind it may go first."""
     NO_ROOM = auto()
@@ -46,6 +49,7 @@ class Batcher:
         pool: MemPool,
         claims: Claims,
         swapper: Swapper,
+        loads: Loads,
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
@@ -53,21 +57,21 @@ class Batcher:
         self._pool = pool
         self._claims = claims
         self._swapper = swapper
+        self._loads = loads
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
-        self._loading: dict[Swap, Sequence] = {}
         self.num_preemptions = 0
 
     @property
     def loading(self) -> list[Sequence]:
-        """Sequences that hold their blocks and wait for bytes from DRAM."""
-        return list(self._loading.values())
+        """Sequences that hold their blocks and wait for the bytes."""
+        return list(self._loads)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence that holds no blocks."""
-        insort(self.waiting, sequence, key=BY_TICKET)
+        insort(self.waiting, sequence, key=BY_ORDER)
 
     def run(self, sequence: Sequence) -> None:
         """Run a sequence that holds its blocks already."""
@@ -90,10 +94,8 @@ class Batcher:
             if sequence.ticket == ticket:
                 self.finish(sequence)
                 return
-        for swap, sequence in self._loading.items():
-            if sequence.ticket == ticket:
-                self._unload(swap)
-                return
+        if self._unload(ticket) is not None:
+            return
         self.waiting = [sequence for sequence in self.waiting if sequence.ticket != ticket]
 
     def keep(self, ticket: int) -> None:
@@ -102,10 +104,18 @@ class Batcher:
             if sequence.ticket == ticket:
                 sequence.decode_on = None
 
-    def loaded(self, swap: Swap) -> None:
-        """A swap has been settled: run the sequence that waits for it."""
-        sequence = self._loading.pop(swap, None)
+    def swapped(self, swap: Swap) -> None:
+        """A swap was committed: run the sequence that waits for it, if nothing else is to come."""
+        self._loaded(self._loads.swapped(swap))
+
+    def fetched(self, fetch: Fetch, num_good: int) -> None:
+        """A fetch has ended, its first `num_good` blocks verified: likewise."""
+        self._loaded(self._loads.fetched(fetch, num_good))
+
+    def _loaded(self, sequence: Sequence | None) -> None:
         if sequence is not None:
+            self._count_cached(sequence)
+            self.share(sequence)
             self.run(sequence)
 
     def release(self, sequence: Sequence) -> None:
@@ -139,7 +149,7 @@ class Batcher:
                 slices.append(Slice(sequence, min(sequence.num_pending, budget)))
                 budget -= slices[-1].num_tokens
         for sequence in tuple(self.waiting):
-            if budget <= 0 or len(self.running) + len(self._loading) >= self._max_num_seqs:
+            if budget <= 0 or len(self.running) + len(self._loads) >= self._max_num_seqs:
                 break
             if self._in_the_making(sequence):
                 continue
@@ -164,9 +174,9 @@ class Batcher:
         return True
 
     def _in_the_making(self, sequence: Sequence) -> bool:
-        """Whether a running sequence is about to compute a whole block that this one needs too."""
+        """Whether another is about to compute or load a whole block that this one needs too."""
         size = self._pool.block_size
-        for other in self.running:
+        for other in (*self.running, *self._loads):
             if other.num_pending == 1 or other.cache_salt != sequence.cache_salt:
                 continue
             shared = common_prefix(other.tokens, sequence.tokens)
@@ -184,7 +194,7 @@ class Batcher:
             if any(self._pool.is_in_flight(block) for block in match.blocks[match.num_hbm :]):
                 return Admission.POSTPONED
             needed = -(-len(sequence.tokens) // self._pool.block_size) - match.num_hbm
-            spare = len(self.running) + len(self._loading)
+            spare = len(self.running) + len(self._loads)
             if self._swapper.make_room(needed + spare):
                 return Admission.NO_ROOM
             try:
@@ -195,33 +205,37 @@ class Batcher:
             return self._take(sequence, match, reserve[:needed])
 
     def _take(self, sequence: Sequence, match: Match, room: list[int]) -> Admission:
-        """Run a sequence on its matched blocks and on `room`, or load what of it is in DRAM."""
+        """Run a sequence on its matched blocks and on `room`, or load what of it lies elsewhere."""
         self.waiting.remove(sequence)
         blocks = match.commit()
         in_dram = blocks[match.num_hbm :]
         sequence.blocks.extend(blocks[: match.num_hbm] + room)
-        sequence.num_computed = match.num_tokens
-        if sequence.num_outputs == 0:
-            sequence.num_cached_tokens = sequence.num_computed
-        if not in_dram:
+        sequence.num_computed = match.num_hbm * self._pool.block_size
+        if not self._loads.begin(sequence, in_dram):
+            self._count_cached(sequence)
             self.run(sequence)
             return Admission.RUNS
-        swap = self._swapper.load(in_dram, into=room[: len(in_dram)])
         self._pool.free_mem(in_dram)
-        self._loading[swap] = sequence
-        self._claims.hold(sequence.ticket, lambda: self._yield_room(swap))
+        self._claims.hold(sequence.ticket, lambda: self._yield_room(sequence.ticket))
         return Admission.LOADS
 
-    def _unload(self, swap: Swap) -> Sequence:
-        """Take a loading sequence's blocks; the copy goes on, for the index."""
-        sequence = self._loading.pop(swap)
-        self._claims.drop(sequence.ticket)
-        self._let_go(sequence)
+    def _count_cached(self, sequence: Sequence) -> None:
+        if sequence.num_outputs == 0:
+            sequence.num_cached_tokens = sequence.num_computed
+
+    def _unload(self, ticket: int) -> Sequence | None:
+        """Take a loading sequence's blocks; its copies go on, those from DRAM for the index."""
+        sequence = self._loads.cancel(ticket)
+        if sequence is not None:
+            self._claims.drop(ticket)
+            self._let_go(sequence)
         return sequence
 
-    def _yield_room(self, swap: Swap) -> None:
+    def _yield_room(self, ticket: int) -> None:
+        sequence = self._unload(ticket)
+        assert sequence is not None
         self.num_preemptions += 1
-        self.add(self._unload(swap))
+        self.add(sequence)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's blocks; it waits and computes again what the cache has lost."""

@@ -1,25 +1,30 @@
 """The copy thread: pulls blocks out of other arenas while the engine computes.
 
 One thread, one copy after another, in the order asked. Blocks are marked as in flight before a copy
-is asked for, and unmarked when its end (`CopyDone`, `PullDone`, `SwapDone`) arrives at the inbox,
-whatever became of the request. What is handed over is kept by its owner until the handover is
-settled (a lease), or withdrawn, which changes its generation. An error of our own ends in `CopyFailed`,
-never in silence.
+is asked for, and unmarked when its end (`CopyDone`, `PullDone`, `SwapDone`, `FetchDone`) arrives at
+the inbox, whatever became of the request. What is handed over is kept by its owner until the handover
+is settled (a lease), or withdrawn, which changes its generation; what is fetched is kept by nobody,
+and verified all the same. An error of our own ends in `CopyFailed`, never in silence.
 """
 
 import logging
 import queue
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import groupby
+from operator import attrgetter
 
 from memserve.errors import PoolError
 from memserve.pool.pending import Swap
 from memserve.pool.refs import BlockRef, Tier
 from memserve.pool.transfer.memfd import MemfdTransfer
 from memserve.pool.transfer.tiers import TierCopy
-from memserve.workers.link import CopyDone, CopyFailed, Event, PullDone, SwapDone
+from memserve.workers.fetching import Fetch
+from memserve.workers.link import CopyDone, CopyFailed, Event, FetchDone, PullDone, SwapDone
 
 logger = logging.getLogger(__name__)
+
+BY_ARENA = attrgetter("instance", "epoch", "tier")
 
 
 class Copier:
@@ -40,6 +45,10 @@ class Copier:
     def start_pull(self, number: int, refs: list[BlockRef], into: list[int], tier: Tier) -> None:
         """Copy `refs` into these blocks of a tier's arena for a pool call; ends in one `PullDone`."""
         self._submit(lambda: self._pull(number, refs, into, tier))
+
+    def start_fetch(self, fetch: Fetch) -> None:
+        """Copy what other instances may still hold; ends in exactly one `FetchDone`."""
+        self._submit(lambda: self._fetch(fetch))
 
     def start_swap(self, swap: Swap) -> None:
         """Copy a swap's blocks; ends in exactly one `SwapDone`."""
@@ -63,12 +72,30 @@ class Copier:
     def _pull(self, number: int, refs: list[BlockRef], into: list[int], tier: Tier) -> None:
         self._inbox.put(PullDone(number, self._read(refs, into, tier)))
 
+    def _fetch(self, fetch: Fetch) -> None:
+        """Copy one arena's blocks after the other's, up to the first that can't be had."""
+        num_good = 0
+        for _, group in groupby(fetch.refs, BY_ARENA):
+            refs = list(group)
+            into = fetch.into[num_good : num_good + len(refs)]
+            good = (*self._read_now(refs, into), False).index(False)
+            num_good += good
+            if good < len(refs):
+                break
+        self._inbox.put(FetchDone(fetch, num_good))
+
+    def _read_now(self, refs: list[BlockRef], into: list[int]) -> list[bool]:
+        """Read what nobody keeps for us; without the copy that verifies, nothing can be had."""
+        if self._transfer.needs_lease:
+            return [False] * len(refs)
+        return self._read(refs, into, Tier.HBM)
+
     def _read(self, refs: list[BlockRef], into: list[int], tier: Tier) -> list[bool]:
         try:
             leased = self._transfer.needs_lease
             return self._transfer.read(refs, into, leased=leased, tier=tier)
         except PoolError as error:
-            logger.warning("a pull was refused: %s", error)
+            logger.info("a pull was refused: %s", error)
             return [False] * len(refs)
 
     def _swap(self, swap: Swap) -> None:

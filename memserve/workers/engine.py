@@ -42,8 +42,18 @@ from memserve.pool.mempool import MemPool
 from memserve.pool.service import PoolService, StartPull
 from memserve.workers.batching import Batcher
 from memserve.workers.claims import Claims
+from memserve.workers.fetching import Loads, StartFetch
 from memserve.workers.handover import Arrivals, Departures, StartCopy
-from memserve.workers.link import CopyDone, CopyFailed, Event, Hangup, Link, PullDone, SwapDone
+from memserve.workers.link import (
+    CopyDone,
+    CopyFailed,
+    Event,
+    FetchDone,
+    Hangup,
+    Link,
+    PullDone,
+    SwapDone,
+)
 from memserve.workers.sequence import Sequence, Slice
 from memserve.workers.swapping import StartSwap, Swapper
 
@@ -73,6 +83,7 @@ class Engine:
         start_copy: StartCopy,
         start_swap: StartSwap,
         start_pull: StartPull,
+        start_fetch: StartFetch,
         map_peer: Callable[[MapPeer | ReleasePeer], None],
     ) -> None:
         self._link = link
@@ -85,10 +96,12 @@ class Engine:
             pool, lambda number, reply: link.send(PoolAnswer(number, reply)), start_pull
         )
         claims = Claims(pool, self._swapper)
+        self._loads = Loads(pool, self._swapper, start_fetch)
         self._batcher = Batcher(
             pool,
             claims,
             self._swapper,
+            self._loads,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
         )
@@ -172,7 +185,9 @@ class Engine:
                 self._service.pulled(number, verified, time.monotonic())
             case SwapDone(swap):
                 swap.commit()
-                self._batcher.loaded(swap)
+                self._batcher.swapped(swap)
+            case FetchDone(fetch, num_good):
+                self._batcher.fetched(fetch, num_good)
             case CopyFailed(error):
                 raise RuntimeError("a copy failed, and what it has written is unknown") from error
             case Settle():
@@ -206,6 +221,9 @@ class Engine:
                 sampling=message.sampling,
                 cache_salt=message.cache_salt,
                 decode_on=message.decode_on,
+                order=message.order,
+                first_fetched_block=message.first_fetched_block,
+                fetch=message.fetch,
             )
         )
 
@@ -296,6 +314,8 @@ class Engine:
             num_pulled_blocks=num_pulled,
             num_pulled_bytes=num_pulled * block_bytes,
             num_failed_pulls=self._arrivals.num_failed_pulls,
+            num_fetched_blocks=self._loads.num_fetched_blocks,
+            num_failed_fetches=self._loads.num_failed_fetches,
             num_handovers=self._arrivals.num_handovers,
             num_declined=self._arrivals.num_declined,
             num_evictions=pool.evictions,

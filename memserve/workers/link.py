@@ -17,6 +17,7 @@ import msgspec
 from memserve.channel import Channel
 from memserve.messages import ToWorker
 from memserve.pool.pending import Swap
+from memserve.workers.fetching import Fetch
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +53,21 @@ class SwapDone:
 
 
 @dataclass(frozen=True, slots=True)
+class FetchDone:
+    """A fetch has ended: the first `num_good` of its blocks are what was asked for."""
+
+    fetch: Fetch
+    num_good: int
+
+
+@dataclass(frozen=True, slots=True)
 class CopyFailed:
     """The copy thread has met an error of our own; nobody knows what its copy has done."""
 
     error: BaseException
 
 
-Event: TypeAlias = ToWorker | CopyDone | PullDone | SwapDone | CopyFailed | Hangup
+Event: TypeAlias = ToWorker | CopyDone | PullDone | SwapDone | FetchDone | CopyFailed | Hangup
 
 
 class Link:

@@ -4,6 +4,7 @@ from array import array
 from dataclasses import dataclass, field
 
 from memserve.messages import SamplingParams
+from memserve.pool.refs import BlockRef
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -22,6 +23,11 @@ class Sequence:
     cache_salt: str = ""
     decode_on: int | None = None
     """Instance that will decode it, once the prompt is computed; None: this one."""
+    order: float = 0.0
+    """Waiting sequences start in this order, then by ticket."""
+    first_fetched_block: int = 0
+    fetch: list[BlockRef] = field(default_factory=list)
+    """Blocks from that number on that other instances hold; empty once they were asked for."""
     num_computed: int = 0
     blocks: "array[int]" = field(default_factory=lambda: array("i"))
     num_cached_tokens: int = 0

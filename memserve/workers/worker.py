@@ -64,6 +64,7 @@ def serve(configure: Configure, link: Link, descriptors: socket.socket) -> None:
         start_copy=memory.copier.start,
         start_swap=memory.copier.start_swap,
         start_pull=memory.copier.start_pull,
+        start_fetch=memory.copier.start_fetch,
         map_peer=lambda message: memory.map_peer(message, descriptors),
     )
     memory.send_descriptors(descriptors)

@@ -145,6 +145,7 @@ class ThreadWorker:
             start_copy=held(memory, memory.copier.start, self._options.copy_seconds),
             start_swap=held(memory, memory.copier.start_swap, self._options.copy_seconds),
             start_pull=held(memory, memory.copier.start_pull, self._options.copy_seconds),
+            start_fetch=held(memory, memory.copier.start_fetch, self._options.copy_seconds),
             map_peer=lambda message: memory.map_peer(message, self._descriptors),
         )
         memory.send_descriptors(self._descriptors)

@@ -1,0 +1,149 @@
+"""Bytes on their way to sequences that hold room for them: from the own DRAM, from other instances.
+
+A sequence is admitted with room for all of its prompt. What of that lies elsewhere is copied into the
+room in the background, from all its sources at once; when the last copy has ended, the sequence goes
+on from the end of the longest gapless prefix. What could not be had (a reference whose content has
+passed, a peer that has gone) is computed: a miss, never an error.
+
+Contract: the destination of a copy is marked in flight from its start to its end, whatever becomes of
+the sequence, which may give up its room at any moment: then nobody hears of the copy. Knows blocks
+and sequences, moves no bytes.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from memserve.pool.mempool import MemPool
+from memserve.pool.pending import Swap
+from memserve.pool.refs import BlockRef
+from memserve.workers.sequence import Sequence
+from memserve.workers.swapping import Swapper
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fetch:
+    """A copy of other instances' blocks: `refs[i]` goes to block `into[i]` of the own HBM."""
+
+    refs: list[BlockRef]
+    into: list[int]
+
+
+Copy = Swap | Fetch
+StartFetch = Callable[[Fetch], None]
+"""Copy in the background; `FetchDone` tells of its end."""
+
+
+@dataclass(slots=True, eq=False)
+class Load:
+    """A sequence that waits for copies; each fills the blocks that follow those of the one before."""
+
+    sequence: Sequence
+    copies: list[Copy] = field(default_factory=list)
+    num_good: dict[Copy, int] = field(default_factory=dict)
+    """By ended copy, how many of its first blocks are right."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is under way any more."""
+        return len(self.num_good) == len(self.copies)
+
+    @property
+    def num_loaded(self) -> int:
+        """Blocks that are right, up to the first that is not."""
+        total = 0
+        for copy in self.copies:
+            total += self.num_good[copy]
+            if self.num_good[copy] < num_blocks(copy):
+                break
+        return total
+
+
+def num_blocks(copy: Copy) -> int:
+    """Blocks that a copy is to fill."""
+    return len(copy.destinations if isinstance(copy, Swap) else copy.into)
+
+
+class Loads:
+    """The sequences of one instance that wait for bytes, and the copies that bring them."""
+
+    def __init__(self, pool: MemPool, swapper: Swapper, start_fetch: StartFetch) -> None:
+        self._pool = pool
+        self._swapper = swapper
+        self._start_fetch = start_fetch
+        self._loads: dict[int, Load] = {}  # by ticket
+        self._load_by_copy: dict[Copy, Load] = {}
+        self.num_fetched_blocks = 0
+        self.num_failed_fetches = 0
+
+    def __len__(self) -> int:
+        return len(self._loads)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        """The sequences that wait."""
+        return iter([load.sequence for load in self._loads.values()])
+
+    def begin(self, sequence: Sequence, in_dram: list[int]) -> bool:
+        """Start all copies that help a sequence, which holds its room; False if there are none.
+
+        Its KV is computed up to the last of its own blocks in HBM; `in_dram`, held by the caller, are
+        the own blocks that come next.
+        """
+        load = Load(sequence)
+        start = sequence.num_computed // self._pool.block_size
+        if in_dram:
+            into = list(sequence.blocks[start : start + len(in_dram)])
+            load.copies.append(self._swapper.load(in_dram, into))
+            start += len(in_dram)
+        if refs := self._wanted(sequence, start):
+            fetch = Fetch(refs, list(sequence.blocks[start : start + len(refs)]))
+            self._pool.begin_io(fetch.into)
+            self._start_fetch(fetch)
+            load.copies.append(fetch)
+        for copy in load.copies:
+            self._load_by_copy[copy] = load
+        if load.copies:
+            self._loads[sequence.ticket] = load
+        return bool(load.copies)
+
+    def cancel(self, ticket: int) -> Sequence | None:
+        """Let a sequence wait no longer; its copies go on for nobody. None if it does not wait."""
+        load = self._loads.pop(ticket, None)
+        if load is None:
+            return None
+        for copy in load.copies:
+            self._load_by_copy.pop(copy, None)
+        return load.sequence
+
+    def swapped(self, swap: Swap) -> Sequence | None:
+        """A swap was committed; the sequence that needs to wait no longer, if there is one."""
+        return self._ended(swap, len(swap.destinations))
+
+    def fetched(self, fetch: Fetch, num_good: int) -> Sequence | None:
+        """A fetch has ended, its first `num_good` blocks verified; returns as `swapped` does."""
+        self._pool.end_io(fetch.into)
+        self.num_fetched_blocks += num_good
+        self.num_failed_fetches += num_good < len(fetch.into)
+        return self._ended(fetch, num_good)
+
+    def _ended(self, copy: Copy, num_good: int) -> Sequence | None:
+        load = self._load_by_copy.pop(copy, None)
+        if load is None:
+            return None
+        load.num_good[copy] = num_good
+        if not load.ended:
+            return None
+        sequence = load.sequence
+        del self._loads[sequence.ticket]
+        sequence.num_computed += load.num_loaded * self._pool.block_size
+        sequence.fetch = []
+        return sequence
+
+    def _wanted(self, sequence: Sequence, start: int) -> list[BlockRef]:
+        """References from block `start` on, without the block of the last token: that is computed."""
+        end = (len(sequence.tokens) - 1) // self._pool.block_size
+        first = sequence.first_fetched_block
+        if sequence.fetch and start < first:
+            # What the own index held when this was planned has gone: nothing continues it.
+            self.num_failed_fetches += 1
+            sequence.fetch = []
+        return sequence.fetch[max(0, start - first) : max(0, end - first)]

@@ -1,0 +1,214 @@
+"""Engines that a test steps by hand, over the oracle of `rig`: every copy starts when the test says so.
+
+Arenas, pools and copies are real; what an engine sends is kept in `sent`.
+"""
+
+import queue
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import cast
+
+import msgspec
+
+from memserve.channel import send_descriptor
+from memserve.config import EngineConfig
+from memserve.messages import (
+    Abort,
+    MapPeer,
+    ReleasePeer,
+    SamplingParams,
+    Submit,
+    TokenEvent,
+    Tokens,
+)
+from memserve.pool.refs import BlockRef
+from memserve.workers.engine import Engine
+from memserve.workers.fetching import Fetch
+from memserve.workers.link import Event, Link
+from memserve.workers.memory import WorkerMemory
+from tests.workers.rig import BLOCK_SIZE, SHAPE, OracleRunner, oracle_answer
+
+MAX_STEPS = 10_000
+
+
+class KeptMessages:
+    """In a link's place."""
+
+    def __init__(self) -> None:
+        self.inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.sent: list[msgspec.Struct] = []
+
+    def send(self, message: msgspec.Struct) -> None:
+        self.sent.append(message)
+
+
+class HandEngine:
+    """One instance. While `hold` is set, fetches wait in `held`."""
+
+    def __init__(
+        self, instance: int, *, num_blocks: int = 32, num_dram_blocks: int = 0, epoch: int = 1
+    ) -> None:
+        config = EngineConfig(
+            weights="",
+            eos_token_ids=(),
+            device="cpu",
+            dtype="float32",
+            max_model_len=1000,
+            block_size=BLOCK_SIZE,
+            kv_cache_bytes=num_blocks * SHAPE.block_bytes,
+            dram_cache_bytes=num_dram_blocks * SHAPE.block_bytes,
+            max_num_seqs=8,
+            max_num_batched_tokens=16,
+            handover_timeout=0.2,
+            num_threads=1,
+            log_level="info",
+        )
+        self.instance = instance
+        self.link = KeptMessages()
+        self.memory = WorkerMemory(
+            config, SHAPE, instance=instance, epoch=epoch, inbox=self.link.inbox
+        )
+        self.pool = self.memory.pool
+        self.hold = False
+        self.held: list[Fetch] = []
+        self.engine = Engine(
+            config,
+            cast(Link, self.link),
+            self.pool,
+            OracleRunner(self.memory.hbm.tensor, 0.0),
+            start_copy=self.memory.copier.start,
+            start_swap=self.memory.copier.start_swap,
+            start_pull=self.memory.copier.start_pull,
+            start_fetch=self._start_fetch,
+            map_peer=self._forget_peer,
+        )
+
+    def submit(
+        self,
+        ticket: int,
+        prompt: Sequence[int],
+        *,
+        max_tokens: int = 3,
+        fetch: Sequence[BlockRef] = (),
+        first: int = 0,
+        order: float = 0.0,
+    ) -> None:
+        """Send a prompt, with references of its blocks from number `first` on."""
+        self.link.inbox.put(
+            Submit(
+                ticket=ticket,
+                choice=0,
+                prompt=list(prompt),
+                sampling=SamplingParams(max_tokens=max_tokens, seed=0),
+                order=order,
+                first_fetched_block=first,
+                fetch=list(fetch),
+            )
+        )
+
+    def abort(self, ticket: int) -> None:
+        self.link.inbox.put(Abort(ticket))
+
+    def step(self) -> None:
+        self.engine.step()
+
+    def release(self) -> None:
+        """Let the copies that are held go on, and wait for them."""
+        held, self.held = self.held, []
+        for fetch in held:
+            self.memory.copier.start_fetch(fetch)
+        self.drain()
+
+    def drain(self) -> None:
+        """Wait until the copy thread has nothing to do."""
+        self.memory.copier._thread.submit(lambda: None).result(timeout=10)
+
+    def tokens(self, ticket: int) -> list[int]:
+        return [event.token for event in self._events(ticket)]
+
+    def num_cached(self, ticket: int) -> int:
+        return self._events(ticket)[0].num_cached_tokens
+
+    def finished(self, ticket: int) -> bool:
+        events = self._events(ticket)
+        return bool(events) and events[-1].finish is not None
+
+    def finish(self, *tickets: int) -> None:
+        """Step until these have ended."""
+        for _ in range(MAX_STEPS):
+            self.step()
+            if all(map(self.finished, tickets)):
+                return
+        raise AssertionError(f"{tickets} did not end")
+
+    def answers(self, prompt: Sequence[int], ticket: int, *, max_tokens: int = 3) -> bool:
+        """Whether this ticket got the answer that any placement must give."""
+        return self.tokens(ticket) == oracle_answer(prompt, max_tokens)
+
+    def ask(
+        self, ticket: int, prompt: Sequence[int], *, fetch: Sequence[BlockRef] = (), first: int = 0
+    ) -> int:
+        """Submit, run to the end, check the answer; the number of cached tokens."""
+        self.submit(ticket, prompt, fetch=fetch, first=first)
+        self.finish(ticket)
+        assert self.answers(prompt, ticket)
+        return self.num_cached(ticket)
+
+    def refs(self, prompt: Sequence[int]) -> list[BlockRef]:
+        """References to what is held of a prompt."""
+        with self.pool.match(list(prompt)) as match:
+            return self.pool.refs(match.blocks)
+
+    def assert_home(self) -> None:
+        """Every block is free or historical, and the books are right."""
+        self.release()
+        self.step()
+        stats = self.engine.stats()
+        assert self.engine.audit() == []
+        assert (stats.num_running, stats.num_waiting, stats.num_incoming) == (0, 0, 0)
+        for tier in filter(None, (stats.hbm, stats.dram)):
+            assert (tier.active, tier.in_flight) == (0, 0)
+
+    def map(self, peer: "HandEngine") -> None:
+        """Make a peer's arenas readable."""
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            for arena in filter(None, (peer.memory.hbm, peer.memory.dram)):
+                send_descriptor(theirs, arena.fd)
+                self.memory.map_peer(MapPeer(arena.descriptor), ours)
+
+    def forget(self, peer: "HandEngine") -> None:
+        self.link.inbox.put(ReleasePeer(peer.instance))
+
+    def _start_fetch(self, fetch: Fetch) -> None:
+        if self.hold:
+            self.held.append(fetch)
+        else:
+            self.memory.copier.start_fetch(fetch)
+
+    def _forget_peer(self, message: MapPeer | ReleasePeer) -> None:
+        assert isinstance(message, ReleasePeer)
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            self.memory.map_peer(message, ours)
+
+    def _events(self, ticket: int) -> list[TokenEvent]:
+        batches = [message for message in self.link.sent if isinstance(message, Tokens)]
+        return [event for batch in batches for event in batch.events if event.ticket == ticket]
+
+
+@contextmanager
+def engines(*made: HandEngine) -> Iterator[None]:
+    """Each can read the others; at the end all their blocks are home."""
+    try:
+        for engine in made:
+            for peer in made:
+                if peer is not engine:
+                    engine.map(peer)
+        yield
+        for engine in made:
+            engine.assert_home()
+    finally:
+        for engine in made:
+            engine.memory.close()
