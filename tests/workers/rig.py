@@ -83,6 +83,8 @@ class OracleRunner:
 
     def _compute(self, part: Slice) -> int:
         sequence = part.sequence
+        if not sequence.ticket:
+            return 0  # calibration, whose blocks hold anything
         start, end = sequence.num_computed, sequence.num_computed + part.num_tokens
         wanted = fingerprints(sequence.tokens[:end])
         blocks = np.asarray(sequence.blocks)
@@ -147,6 +149,8 @@ class ThreadWorker:
             start_pull=held(memory, memory.copier.start_pull, self._options.copy_seconds),
             start_fetch=held(memory, memory.copier.start_fetch, self._options.copy_seconds),
             map_peer=lambda message: memory.map_peer(message, self._descriptors),
+            copy_within=memory.copy_within,
+            samples=memory.samples,
         )
         memory.send_descriptors(self._descriptors)
         link.send(Ready(memory.descriptors, "float32", "oracle"))
