@@ -1,4 +1,4 @@
-"""Times a few steps and copies on an idle engine, so that the scheduler starts with a model of their cost.
+"""Times a few steps and copies on an idle engine: the scheduler's first model of their cost.
 
 Everything runs on blocks that are free in HBM and are free again afterwards; what they hold does not
 matter, since time does not depend on it. Each case runs twice and its faster run counts, until
@@ -9,8 +9,10 @@ costs too, but for the first touch of its pages.
 
 import time
 from array import array
-from collections.abc import Callable, Sequence as Items
+from collections.abc import Callable
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from functools import partial
 
 from memserve.messages import CopySample, SamplingParams, StepSample
 from memserve.pool.mempool import MemPool
@@ -23,6 +25,7 @@ SHORT_CONTEXT = 64
 COPIED_BLOCKS = (1, 8, 64)
 NUM_NEEDED = 5  # of the cases, however long they take
 NUM_TOKEN_IDS = 64  # every vocabulary has so many
+TICKET = -1  # of no request
 
 RunStep = Callable[[Items[Slice]], object]
 CopyBlocks = Callable[[list[int], list[int]], None]
@@ -87,13 +90,14 @@ def _time_steps(
     samples: list[StepSample] = []
     for number, case in enumerate(wanted):
         slices = _slices(case, scratch, block_size)
+        step = partial(run, slices)
         if number == 0:
-            run(slices)  # what is built at the first step of all
+            step()  # what is built at the first step of all
             started = time.perf_counter()
         in_time = time.perf_counter() - started < BUDGET_S
         if not in_time and number >= NUM_NEEDED:
             break
-        best = min(_seconds(lambda: run(slices)) for _ in range(1 + in_time))
+        best = min(_seconds(step) for _ in range(1 + in_time))
         samples.append(step_sample(slices, best))
     return samples
 
@@ -103,7 +107,8 @@ def _time_copies(scratch: list[int], block_bytes: int, copy: CopyBlocks) -> list
     for num_blocks in COPIED_BLOCKS:
         sources, destinations = scratch[:num_blocks], scratch[num_blocks : 2 * num_blocks]
         if len(destinations) == num_blocks:
-            best = min(_seconds(lambda: copy(sources, destinations)) for _ in range(3))
+            call = partial(copy, sources, destinations)
+            best = min(_seconds(call) for _ in range(3))
             samples.append(CopySample(num_blocks * block_bytes, best))
     return samples
 
@@ -122,7 +127,7 @@ def _slices(case: Case, scratch: list[int], block_size: int) -> list[Slice]:
     for row in range(case.rows):
         blocks = [scratch[(row * num_blocks + i) % len(scratch)] for i in range(num_blocks)]
         sequence = Sequence(
-            ticket=0,
+            ticket=TICKET,
             choice=row,
             tokens=array("i", (i % NUM_TOKEN_IDS for i in range(num_tokens))),
             num_prompt_tokens=num_tokens - (case.new == 1),

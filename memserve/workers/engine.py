@@ -22,6 +22,7 @@ from memserve.messages import (
     Calibrate,
     Calibrated,
     Configure,
+    CopySample,
     EngineStats,
     Expect,
     Heartbeat,
@@ -36,6 +37,7 @@ from memserve.messages import (
     ResetPrefixCache,
     Settle,
     Shutdown,
+    StepSample,
     Submit,
     TokenEvent,
     Tokens,
@@ -223,20 +225,26 @@ class Engine:
                 self._batcher.abort(ticket)
             case MapPeer() | ReleasePeer():
                 self._map_peer(event)
-            case Inspect(query):
-                self._send(Inspection(query, self.stats(), self.audit()))
+            case Inspect() | ReportIndex() | Calibrate():
+                self._answer(event)
             case ResetPrefixCache():
                 self._pool.reset()
-            case ReportIndex():
-                self._feed.report()
-            case Calibrate(query):
-                self._calibrate(query)
             case Shutdown() | Hangup():
                 self._stopping = True
             case Configure():
                 raise AssertionError("a worker is configured once")
             case _:
                 assert_never(event)
+
+    def _answer(self, question: Inspect | ReportIndex | Calibrate) -> None:
+        """Tell the launcher what it wants to know of this worker."""
+        match question:
+            case Inspect(query):
+                self._send(Inspection(query, self.stats(), self.audit()))
+            case ReportIndex():
+                self._feed.report()
+            case Calibrate(query):
+                self._send(Calibrated(query, *self._calibrate()))
 
     def _submit(self, message: Submit) -> None:
         self._batcher.add(
@@ -314,9 +322,9 @@ class Engine:
             steps, copies = self._samples.take()
             self._link.send(Heartbeat(self.stats(), steps, copies))
 
-    def _calibrate(self, query: int) -> None:
+    def _calibrate(self) -> tuple[list[StepSample], list[CopySample]]:
         """Time some steps. Nothing else is served meanwhile, so only the launcher's start asks."""
-        steps, copies = calibrate(
+        return calibrate(
             self._pool,
             self._runner.run,
             self._copy_within,
@@ -324,7 +332,6 @@ class Engine:
             max_rows=self._config.max_num_seqs,
             max_len=self._config.max_model_len,
         )
-        self._link.send(Calibrated(query, steps, copies))
 
     def audit(self) -> list[str]:
         """Recount every block from scratch; the problems found, none when the books are right."""

@@ -28,6 +28,7 @@ from memserve.messages import Configure, Ready, SamplingParams
 from memserve.model.sampling import Sampled
 from memserve.pool.refs import ArenaLayout
 from memserve.scheduler.placement import Load, Placement, Policy, Role
+from memserve.workers import calibration
 from memserve.workers.engine import Engine
 from memserve.workers.link import Link
 from memserve.workers.memory import WorkerMemory
@@ -83,8 +84,8 @@ class OracleRunner:
 
     def _compute(self, part: Slice) -> int:
         sequence = part.sequence
-        if not sequence.ticket:
-            return 0  # calibration, whose blocks hold anything
+        if sequence.ticket == calibration.TICKET:
+            return 0  # its blocks hold anything
         start, end = sequence.num_computed, sequence.num_computed + part.num_tokens
         wanted = fingerprints(sequence.tokens[:end])
         blocks = np.asarray(sequence.blocks)
