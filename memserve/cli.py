@@ -1,4 +1,4 @@
-"""The `memserve` command: serve, chat, version.
+"""The `memserve` command: serve, chat, simulate, version.
 
 The flags of `serve` are the fields of `memserve.config.ServeConfig`. A mistake of the operator is one
 line on standard error and exit code 2, never a traceback.
@@ -17,6 +17,7 @@ import click
 from memserve import __version__
 from memserve.config import ServeConfig, read_config_file
 from memserve.errors import UsageError
+from memserve.sim.command import simulate
 
 LOG_FORMAT = "%(asctime)s launcher %(levelname)s %(name)s: %(message)s"
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -93,6 +94,9 @@ def chat(**values: typing.Any) -> None:  # noqa: ANN401
     from memserve.chat import ChatOptions, run_chat
 
     run_chat(ChatOptions(**values))
+
+
+cli.add_command(simulate)
 
 
 @cli.command()

@@ -16,6 +16,7 @@ LAYERS = [
     {"messages"},
     {"generation", "channel", "pool"},
     {"scheduler"},
+    {"sim"},
     {"model.prepared", "chat_template"},
     {"tokens"},
     {"model"},

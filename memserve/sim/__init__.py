@@ -1,0 +1,1 @@
+"""`memserve simulate`: the global scheduler, driven by virtual time over simulated instances."""

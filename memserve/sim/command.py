@@ -1,0 +1,136 @@
+"""The flags of `memserve simulate`."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+import msgspec
+
+from memserve.errors import UsageError
+from memserve.scheduler.interface import ContextCaching, FetchPolicy, RoutingPolicy
+from memserve.sim.costs import builtin_profiles
+from memserve.sim.experiment import SimulateOptions, simulate_all
+from memserve.sim.plot import plot, require_plotting
+from memserve.sim.table import render
+from memserve.workloads import NAMES, Limits
+
+FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+def _numbers(_context: click.Context, _parameter: click.Parameter, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"{text!r} is no list of numbers: write it as 1,2,4") from None
+
+
+def _names(_context: click.Context, _parameter: click.Parameter, text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(","))
+
+
+FLAGS: tuple[Callable[[Callable[..., None]], Callable[..., None]], ...] = (
+    click.option(
+        "--workload",
+        type=click.Choice([name for name in NAMES if name != "timed-trace"]),
+        default="sharegpt",
+        help="What to play.",
+    ),
+    click.option("--trace", type=FILE, help="Play a timed trace or a block trace instead."),
+    click.option("--num-requests", type=click.IntRange(min=1), default=500, help="At most."),
+    click.option(
+        "--rate",
+        "rates",
+        callback=_numbers,
+        default="1",
+        help="Sessions started per second, several by commas; speeds up a timed trace.",
+    ),
+    click.option("--instances", type=click.IntRange(min=1), help="So many mixed instances."),
+    click.option(
+        "--layout",
+        "layouts",
+        callback=_names,
+        default="2M",
+        help="Roles at start, as 1P1D, 2P1D1M or 3M; several by commas.",
+    ),
+    click.option(
+        "--policy",
+        "policies",
+        callback=_names,
+        default="cost",
+        help=f"Of {', '.join(get_args(RoutingPolicy))}; several by commas.",
+    ),
+    click.option(
+        "--elastic-roles/--fixed-roles", default=True, help="Whether cost may change roles."
+    ),
+    click.option(
+        "--context-caching",
+        type=click.Choice(get_args(ContextCaching)),
+        default="3",
+        help="As serve.",
+    ),
+    click.option(
+        "--fetch-policy", type=click.Choice(get_args(FetchPolicy)), default="cost", help="As serve."
+    ),
+    click.option("--block-size", type=click.IntRange(min=1), default=16, help="Tokens in a block."),
+    click.option(
+        "--profile",
+        type=click.Choice(list(builtin_profiles())),
+        default="cpu-demo",
+        help="Machine.",
+    ),
+    click.option("--cost-model", type=FILE, help="JSON of a profile of your own."),
+    click.option("--devices", "num_devices", type=int, help="Shared by the instances in turn."),
+    click.option("--noise", type=click.FloatRange(min=0), help="Of step times, as a share."),
+    click.option("--max-model-len", type=int, help="Longest prompt plus answer."),
+    click.option("--seed", type=int, default=0, help="Of requests and noise."),
+    click.option("--save-result", type=FILE, help="JSON file for the report."),
+    click.option("--plot", "picture", type=FILE, help="PNG or SVG: TTFT, hit rate, load by rate."),
+)
+
+
+def flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the flags of a simulation."""
+    for flag in reversed(FLAGS):
+        command = flag(command)
+    return command
+
+
+@click.command()
+@flags
+def simulate(
+    *,
+    instances: int | None,
+    layouts: tuple[str, ...],
+    policies: tuple[str, ...],
+    max_model_len: int | None,
+    save_result: Path | None,
+    picture: Path | None,
+    **values: Any,  # noqa: ANN401
+) -> None:
+    """Play a workload on simulated instances, under the scheduler that serves.
+
+    Prints a table and then one JSON line. Virtual time: equal flags give equal figures.
+    """
+    for policy in policies:
+        if policy not in get_args(RoutingPolicy):
+            raise UsageError(
+                f"no policy {policy!r}: there are {', '.join(get_args(RoutingPolicy))}"
+            )
+    if picture is not None:
+        require_plotting(picture)
+    options = SimulateOptions(
+        layouts=layouts if instances is None else (f"{instances}M",),
+        policies=tuple(msgspec.convert(policies, tuple[RoutingPolicy, ...])),
+        limits=Limits(max_model_len=max_model_len),
+        **values,
+    )
+    report = simulate_all(options)
+    encoded = msgspec.json.encode(report)
+    if save_result is not None:
+        save_result.write_bytes(encoded + b"\n")
+    if picture is not None:
+        plot(report, picture)
+    click.echo(render(report))
+    click.echo()
+    click.echo(encoded.decode())
