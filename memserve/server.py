@@ -34,6 +34,7 @@ from memserve.frontend.service import (
     run_encoders,
     run_sized,
 )
+from memserve.openai.memo import ChatMemo
 from memserve.openai.plan import ServedModel, plan_detokenize, plan_tokenize
 from memserve.openai.responses import Detokenized, ModelCard, ModelList, Tokenized
 from memserve.tokens import Tokenizer
@@ -45,6 +46,7 @@ def create_app(service: Service, tokenizer: Tokenizer, settings: ServerSettings)
     if settings.api_key is not None:
         middlewares.append(require_api_key(settings.api_key))
     app = web.Application(middlewares=middlewares, client_max_size=settings.max_body_bytes)
+    memo = ChatMemo(settings.chat_memo_bytes)
     app[FRONTEND] = Frontend(
         service=service,
         tokenizer=tokenizer,
@@ -55,8 +57,11 @@ def create_app(service: Service, tokenizer: Tokenizer, settings: ServerSettings)
             vocab_size=settings.vocab_size,
             base_seed=settings.seed,
             numbers=itertools.count(),
+            memo=memo,
         ),
-        metrics=Metrics(settings.model_name, settings.max_model_len, lambda: service.instances),
+        metrics=Metrics(
+            settings.model_name, settings.max_model_len, lambda: service.instances, memo
+        ),
         settings=settings,
         system_fingerprint=f"memserve-{__version__}",
     )

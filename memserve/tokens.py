@@ -9,6 +9,7 @@ Cleaning up spaces after decoding (`clean_up_tokenization_spaces`) is not done.
 """
 
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,7 @@ class Tokenizer:
             token_id for token_id, token in added.items() if token.special
         )
         """Ids that `skip_special_tokens` leaves out of decoded text."""
+        self._splitter, self._splitting = _splitter(list(added.values()))
 
     @property
     def has_chat_template(self) -> bool:
@@ -59,6 +61,20 @@ class Tokenizer:
         """Text of `token_ids`; ids that the tokenizer doesn't know are left out."""
         text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
+
+    def boundaries(self, text: str) -> list[int]:
+        """Where `text` may be cut in two whose encodings, joined, are its own; ascending.
+
+        Encoding cuts a text at its added tokens first, and treats the parts one by one: these are
+        the places where such a token begins. `add_special_tokens` must be false.
+        """
+        if self._splitter is None:
+            return []
+        return [
+            match.start()
+            for match in self._splitter.finditer(text)
+            if match.group() in self._splitting and match.start()
+        ]
 
     def token_text(self, token_id: int) -> str:
         """The token's own spelling in the vocabulary, or the empty string for an unknown id."""
@@ -104,6 +120,22 @@ class Tokenizer:
             return _compile_cached(source, tuple(sorted(self._special_tokens.items())))
         except UsageError as error:
             raise InvalidRequest(str(error), param="chat_template") from error
+
+
+def _splitter(added: Sequence[Any]) -> tuple[re.Pattern[str] | None, frozenset[str]]:
+    """Finds the tokens that split a text as it stands, and those before which a cut is exact.
+
+    Tokens that are looked for in normalised text don't reach over the others. One that takes the
+    space before it too does not begin where its text does. Whether one that must stand as a word of
+    its own is found depends on what is around it: a tokenizer with such gets no cuts.
+    """
+    found = [token for token in added if not token.normalized and token.content]
+    if not found or any(token.single_word for token in found):
+        return None, frozenset()
+    # Of two that begin at the same character the longer one is taken.
+    contents = sorted((token.content for token in found), key=len, reverse=True)
+    pattern = re.compile("|".join(map(re.escape, contents)))
+    return pattern, frozenset(token.content for token in found if not token.lstrip)
 
 
 @functools.lru_cache(maxsize=16)

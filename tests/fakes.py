@@ -2,13 +2,13 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from memserve.errors import NotFound, RequestError, RequestFailed
 from memserve.generation import ChoiceToken, Generation
@@ -27,11 +27,18 @@ TEMPLATE = (
 )
 
 
-def byte_tokenizer(folder: Path) -> Tokenizer:
-    """A tokenizer whose tokens are bytes, so that one character may take several tokens."""
+def byte_tokenizer(folder: Path, merges: Sequence[tuple[str, str]] = ()) -> Tokenizer:
+    """A tokenizer whose tokens are bytes, so that one character may take several tokens.
+
+    With `merges` it has tokens of several bytes too, from `VOCAB_SIZE` on, and one text is the text
+    of several sequences of tokens.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    symbols = [*alphabet, "<|eos|>", "<|im_start|>", *(left + right for left, right in merges)]
     backend = tokenizers.Tokenizer(
-        models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[])
+        models.BPE(
+            vocab={symbol: index for index, symbol in enumerate(symbols)}, merges=list(merges)
+        )
     )
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
@@ -45,13 +52,53 @@ def byte_tokenizer(folder: Path) -> Tokenizer:
             folder=str(folder),
             weights=str(folder),
             weights_fingerprint="",
-            vocab_size=VOCAB_SIZE,
+            vocab_size=len(symbols),
             max_model_len=4096,
             eos_token_ids=(EOS,),
             bos_token_id=None,
             adds_bos=False,
             special_tokens={"eos_token": "<|eos|>"},
         )
+    )
+
+
+def word_tokenizer(folder: Path) -> Tokenizer:
+    """A tokenizer in the manner of Llama 2: words with ▁, and bytes for everything else."""
+    words = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    words += ["▁", "▁hello", "▁world", "h", "e", "l", "o", "▁▁"]
+    vocab = {word: token_id for token_id, word in enumerate(words)}
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True)
+    )
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    backend.add_special_tokens(["</s>"])
+    backend.save(str(folder / "tokenizer.json"))
+    return Tokenizer(prepared_folder(folder))
+
+
+def prepared_folder(folder: Path) -> prepared.PreparedModel:
+    """A prepared model that has nothing but a tokenizer."""
+    return prepared.PreparedModel(
+        name="tiny",
+        folder=str(folder),
+        weights=str(folder),
+        weights_fingerprint="",
+        vocab_size=300,
+        max_model_len=64,
+        eos_token_ids=(1,),
+        bos_token_id=None,
+        adds_bos=False,
+        special_tokens={"eos_token": "</s>"},
     )
 
 

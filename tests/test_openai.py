@@ -16,6 +16,7 @@ from memserve.frontend.timeline import Timeline
 from memserve.generation import ChoiceToken, Generation
 from memserve.messages import TokenEvent
 from memserve.openai.answer import Choice, Delta
+from memserve.openai.memo import ChatMemo
 from memserve.openai.plan import Caller, Plan, ServedModel, TextRules, plan_chat, plan_completion
 from memserve.openai.presenting import LEAST_LOGPROB, presenter_for
 from memserve.openai.requests import ChatRequest, CompletionRequest, read_body
@@ -39,6 +40,7 @@ def model(tokenizer: Tokenizer) -> ServedModel:
         vocab_size=VOCAB_SIZE,
         base_seed=1000,
         numbers=itertools.count(),
+        memo=ChatMemo(1 << 20),
     )
 
 

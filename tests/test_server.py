@@ -45,6 +45,12 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return byte_tokenizer(folder)
 
 
+@pytest.fixture(scope="module")
+def merging(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """One in which a text may be spelled in several ways."""
+    return byte_tokenizer(tmp_path_factory.mktemp("merging"), [("a", "b"), ("ab", "c")])
+
+
 @dataclass
 class Served:
     """A running server and its clients."""
@@ -398,6 +404,38 @@ async def test_a_final_message_is_continued(served: Served, tokenizer: Tokenizer
     status, _ = await served.post("/v1/chat/completions", body)
     assert status == 200
     assert tokenizer.decode(served.generator.generations[0].prompt).endswith("assistant\nWell")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_next_turn_of_a_chat_holds_the_tokens_that_were_served(
+    merging: Tokenizer, stream: bool
+) -> None:
+    spelled = [token for letter in "abcabc" for token in merging.encode(letter)]
+    generator = ScriptedGenerator(lambda generation, choice: spelled[choice:])
+    async with serve(merging, generator) as served:
+        body: dict[str, Any] = {**CHAT, "n": 2}
+        texts = ["", ""]
+        if stream:
+            for event in await served.stream(CHATS, body):
+                choice = event["choices"][0]
+                texts[choice["index"]] += choice["delta"]["content"]
+        else:
+            _, answer = await served.post(CHATS, body)
+            texts = [choice["message"]["content"] for choice in answer["choices"]]
+        assert texts == ["abcabc", "bcabc"]
+        first = generator.generations[0].prompt
+        for choice, text in enumerate(texts):
+            answered = [{"role": "assistant", "content": text}, *CHAT["messages"]]
+            await served.post(CHATS, {"messages": [*CHAT["messages"], *answered]})
+            known = first + spelled[choice:]
+            assert generator.generations[-1].prompt[: len(known)] == known
+        async with served.http.get(served.url + "/metrics") as response:
+            text = await response.text()
+    assert re.search(r"memserve:chat_memo_queries_total{[^}]*} 2\.0", text)
+    assert re.search(r"memserve:chat_memo_hits_total{[^}]*} 2\.0", text)
+    num_tokens = 2 * len(first) + 6 + 5
+    assert re.search(rf"memserve:chat_memo_tokens_total{{[^}}]*}} {num_tokens}\.0", text)
+    assert re.search(r"memserve:chat_memo_bytes{[^}]*} [1-9]", text)
 
 
 async def test_sampling_fields_reach_the_generation(served: Served) -> None:

@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, models
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, normalizers
 
 from memserve.errors import InvalidRequest, UsageError
 from memserve.model.prepared import PreparedModel
 from memserve.tokens import Detokenizer, StopChecker, Tokenizer
+from tests.fakes import prepared_folder, word_tokenizer
 
 TEXTS = [
     "In 1999, 12345 people paid $3.14 at 10:30\n 7 of 8",
@@ -41,51 +42,24 @@ def reference(demo_model: PreparedModel) -> Any:
     return AutoTokenizer.from_pretrained(demo_model.weights)
 
 
-def _sentencepiece(folder: Path) -> Tokenizer:
-    """A tokenizer in the manner of Llama 2: words with ▁, and bytes for everything else."""
-    words = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    words += ["▁", "▁hello", "▁world", "h", "e", "l", "o", "▁▁"]
-    vocab = {word: token_id for token_id, word in enumerate(words)}
-    backend = Backend(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
-    backend.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    backend.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-    backend.add_special_tokens(["</s>"])
-    backend.save(str(folder / "tokenizer.json"))
-    return Tokenizer(_prepared(folder))
-
-
-def _prepared(folder: Path) -> PreparedModel:
-    return PreparedModel(
-        name="tiny",
-        folder=str(folder),
-        weights=str(folder),
-        weights_fingerprint="",
-        vocab_size=300,
-        max_model_len=64,
-        eos_token_ids=(1,),
-        bos_token_id=None,
-        adds_bos=False,
-        special_tokens={"eos_token": "</s>"},
-    )
-
-
 @pytest.fixture(scope="module")
 def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return _sentencepiece(tmp_path_factory.mktemp("sentencepiece"))
+    return word_tokenizer(tmp_path_factory.mktemp("sentencepiece"))
 
 
 def _stream(tokenizer: Tokenizer, ids: list[int], *, skip: bool = True) -> list[str]:
     detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip)
     return [*(detokenizer.push(token_id) for token_id in ids), detokenizer.flush()]
+
+
+def _with_added(folder: Path, *tokens: AddedToken) -> Tokenizer:
+    """A tokenizer of single characters and these added tokens."""
+    characters = ["<unk>", *"abc <>x|"]
+    vocab = {character: token_id for token_id, character in enumerate(characters)}
+    backend = Backend(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    backend.add_special_tokens(list(tokens))
+    backend.save(str(folder / "tokenizer.json"))
+    return Tokenizer(prepared_folder(folder))
 
 
 # ── Tokenizer ────────────────────────────────────────────────────────────────────────────────────
@@ -101,6 +75,51 @@ def test_the_demo_model_is_encoded_and_decoded_as_transformers_does(
     assert demo.decode(ids, skip_special_tokens=special) == reference.decode(
         ids, skip_special_tokens=special
     )
+
+
+def test_a_text_cut_at_its_boundaries_is_encoded_as_a_whole(
+    demo: Tokenizer, sentencepiece: Tokenizer
+) -> None:
+    found: set[Tokenizer] = set()
+    piece = st.sampled_from(
+        ["<|im_end|>", "<|im_start|>", "</s>", "<|", "</s", "|>", " hello", "world", " ", "\n", "é"]
+    )
+
+    @settings(deadline=None)
+    @given(st.lists(piece | st.text(max_size=4), max_size=8).map("".join))
+    def check(text: str) -> None:
+        for tokenizer in (demo, sentencepiece):
+            whole = tokenizer.encode(text, add_special_tokens=False)
+            for place in tokenizer.boundaries(text):
+                found.add(tokenizer)
+                parts = (text[:place], text[place:])
+                ids = [tokenizer.encode(part, add_special_tokens=False) for part in parts]
+                assert ids[0] + ids[1] == whole
+
+    check()
+    assert found == {demo, sentencepiece}
+
+
+def test_of_overlapping_added_tokens_the_longest_from_the_left_cuts(tmp_path: Path) -> None:
+    tokenizer = _with_added(tmp_path, AddedToken("<a"), AddedToken("<a|b>"), AddedToken("b>x"))
+    assert [tokenizer.token_text(i) for i in tokenizer.encode("c<a|b>xb>x<a")] == [
+        *("c", "<a|b>", "x", "b>x", "<a"),
+    ]
+    assert tokenizer.boundaries("c<a|b>xb>x<a") == [1, 7, 10]
+    assert tokenizer.boundaries("<a|b>") == []
+
+
+def test_no_cut_is_exact_before_a_token_that_takes_the_space_before_it(tmp_path: Path) -> None:
+    tokenizer = _with_added(tmp_path, AddedToken("<a>", lstrip=True), AddedToken("<b>"))
+    assert len(tokenizer.encode("c <a>")) == 2
+    assert tokenizer.boundaries("c <a> <b>") == [6]
+
+
+def test_a_tokenizer_that_looks_around_its_tokens_has_no_boundaries(tmp_path: Path) -> None:
+    tokenizer = _with_added(tmp_path, AddedToken("ab", single_word=True), AddedToken("<b>"))
+    assert len(tokenizer.encode("ab<b>")) == 2
+    assert len(tokenizer.encode("cab<b>")) == 4
+    assert tokenizer.boundaries("ab<b>") == []
 
 
 def test_the_demo_model_splits_digits_from_the_space_before_them(demo: Tokenizer) -> None:
@@ -207,20 +226,20 @@ def test_a_model_without_a_template_says_what_to_do(sentencepiece: Tokenizer) ->
 
 
 def test_tools_take_the_template_for_tools_where_there_is_one(tmp_path: Path) -> None:
-    _sentencepiece(tmp_path)
+    word_tokenizer(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("plain")
     (tmp_path / "tool_use_template.jinja").write_text("tools")
-    tokenizer = Tokenizer(_prepared(tmp_path))
+    tokenizer = Tokenizer(prepared_folder(tmp_path))
     assert tokenizer.render_chat(CHAT) == "plain"
     assert tokenizer.render_chat(CHAT, tools=[{"type": "function"}]) == "tools"
-    replaced = Tokenizer(_prepared(tmp_path), chat_template="{{ eos_token }}")
+    replaced = Tokenizer(prepared_folder(tmp_path), chat_template="{{ eos_token }}")
     assert replaced.render_chat(CHAT, tools=[{"type": "function"}]) == "</s>"
 
 
 def test_a_broken_template_of_the_operator_is_refused_at_start(tmp_path: Path) -> None:
-    _sentencepiece(tmp_path)
+    word_tokenizer(tmp_path)
     with pytest.raises(UsageError, match="line 1"):
-        Tokenizer(_prepared(tmp_path), chat_template="{% if %}")
+        Tokenizer(prepared_folder(tmp_path), chat_template="{% if %}")
 
 
 def test_tokens_import_neither_torch_nor_transformers() -> None:

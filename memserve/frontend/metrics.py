@@ -18,6 +18,7 @@ from prometheus_client.registry import Collector
 
 from memserve.frontend.timeline import Moment, Timeline
 from memserve.messages import EngineStats
+from memserve.openai.memo import ChatMemo
 
 PREFIX = "memserve:"
 FRONTEND = "frontend"
@@ -62,10 +63,13 @@ Instances = Callable[[], Sequence[InstanceView]]
 class Metrics:
     """The metrics of one app."""
 
-    def __init__(self, model_name: str, max_model_len: int, instances: Instances) -> None:
+    def __init__(
+        self, model_name: str, max_model_len: int, instances: Instances, memo: ChatMemo
+    ) -> None:
         self._registry = CollectorRegistry()
         self._labels = (model_name, FRONTEND)
         self._registry.register(InstanceCollector(model_name, instances))
+        self._registry.register(MemoCollector(model_name, memo))
         lengths = one_two_five(max_model_len)
         self._first_token = self._histogram(
             "time_to_first_token_seconds", "From arrival to the first token.", FIRST_TOKEN_BUCKETS
@@ -220,6 +224,33 @@ class InstanceCollector(Collector):
                     blocks.add_metric((*labels, name, "historical"), tier.historical)
                     blocks.add_metric((*labels, name, "in_flight"), tier.in_flight)
         return blocks
+
+
+class MemoCollector(Collector):
+    """The numbers of the chat memo, read when somebody scrapes."""
+
+    def __init__(self, model_name: str, memo: ChatMemo) -> None:
+        self._labels = (model_name, FRONTEND)
+        self._memo = memo
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: registering must not read."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        """Every counter and gauge."""
+        stats, names = self._memo.stats, ("model_name", "engine")
+        for name, text, count in (
+            ("chat_memo_queries", "Chats with an earlier answer.", stats.num_queries),
+            ("chat_memo_hits", "Chats whose earlier answer was remembered.", stats.num_hits),
+            ("chat_memo_tokens", "Prompt tokens taken as they were served.", stats.num_tokens),
+        ):
+            counter = CounterMetricFamily(PREFIX + name, text, labels=names)
+            counter.add_metric(self._labels, count)
+            yield counter
+        size = GaugeMetricFamily(PREFIX + "chat_memo_bytes", "Size of the memo.", labels=names)
+        size.add_metric(self._labels, stats.num_bytes)
+        yield size
 
 
 def kv_cache_usage(stats: EngineStats) -> float:

@@ -26,6 +26,8 @@ NUM_ENCODERS = 2
 """Threads for that: the cores are the workers'."""
 
 DEFAULT_MAX_BODY_BYTES = 32 << 20
+DEFAULT_CHAT_MEMO_BYTES = 64 << 20
+"""Four bytes for a token: a few thousand conversations of a few thousand tokens."""
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -84,6 +86,7 @@ class ServerSettings:
     seed: int = 0
     api_key: str | None = None
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
+    chat_memo_bytes: int = DEFAULT_CHAT_MEMO_BYTES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

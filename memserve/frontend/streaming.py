@@ -23,6 +23,7 @@ class Answers:
 
     def __init__(self, plan: Plan, tokenizer: Tokenizer, life: Timeline) -> None:
         self._num_choices = plan.num_choices
+        self._conversation = plan.conversation
         self._choices = [
             Choice(index, plan.rules, tokenizer)
             for index in range(len(plan.generations) * plan.num_choices)
@@ -77,11 +78,20 @@ class Answers:
         if choice.finished:
             assert delta.finish_reason is not None
             self._life.finish_choice(index, delta.finish_reason)
+            self._remember(choice)
             self._num_running -= 1
             if not self._num_running:
                 self._life.stamp(Moment.LAST_TOKEN)
         self._news.set()
         return choice.finished
+
+    def _remember(self, choice: Choice) -> None:
+        """Keep the tokens of an answer that has ended, before its client can go on from it."""
+        if self._conversation is None:
+            return
+        said = choice.transcript.after(self._conversation.prompt)
+        if said is not None:
+            self._conversation.remember(*said)
 
 
 @asynccontextmanager

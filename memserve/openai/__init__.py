@@ -4,6 +4,7 @@
     validation  a body's ranges and combinations, turned into sampling parameters
     plan        a checked body turned into the generations to run and how to present them
     responses   the shapes of the bodies that clients get
+    memo        the exact tokens of conversations that were served, found by their text
     presenting  the tokens of an answer turned into those bodies, whole or in chunks
 
 The names and meanings of fields are OpenAI's, with vLLM's extensions. Nothing here does I/O.

@@ -16,6 +16,7 @@ from memserve.errors import InvalidRequest, NotFound
 from memserve.generation import Generation
 from memserve.openai import validation
 from memserve.openai.conversation import render_conversation
+from memserve.openai.memo import ChatMemo, Conversation
 from memserve.openai.requests import (
     ChatRequest,
     CommonFields,
@@ -43,6 +44,8 @@ class ServedModel:
     """Added to a generation's number, it is the seed of a request that brings none."""
     numbers: Iterator[int]
     """Counts generations; `next` is atomic, so threads may share it."""
+    memo: ChatMemo
+    """The tokens of the conversations that were served."""
 
     def check_name(self, name: str | None) -> None:
         """Raise `NotFound` when a client asks for another model; no name means this one."""
@@ -96,6 +99,8 @@ class Plan:
     continuous_usage: bool
     logprobs: int | None
     return_token_ids: bool
+    conversation: Conversation | None
+    """Where the answers of a chat are remembered; None: nowhere."""
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -138,7 +143,12 @@ def plan_chat(body: bytes, model: ServedModel, caller: Caller) -> Plan:
     validation.refuse_chat_extras(request)
     conversation = request if request.tool_choice != "none" else _without_tools(request)
     text = render_conversation(conversation, model.tokenizer)
-    prompt = model.tokenizer.encode(text, add_special_tokens=bool(request.add_special_tokens))
+    talk = _conversation(request, text, model)
+    prompt = (
+        model.tokenizer.encode(text, add_special_tokens=bool(request.add_special_tokens))
+        if talk is None
+        else talk.prompt
+    )
     asked = request.max_completion_tokens
     return _plan(
         "chat",
@@ -149,6 +159,7 @@ def plan_chat(body: bytes, model: ServedModel, caller: Caller) -> Plan:
         max_tokens=asked if asked is not None else request.max_tokens,
         logprobs=validation.chat_logprobs(request),
         echoed=None,
+        conversation=talk,
     )
 
 
@@ -185,6 +196,7 @@ def _plan(
     max_tokens: int | None,
     logprobs: int | None,
     echoed: list[str] | None,
+    conversation: Conversation | None = None,
 ) -> Plan:
     """What both APIs do the same once the prompts are tokens."""
     validation.refuse_what_we_lack(request)
@@ -244,6 +256,20 @@ def _plan(
         continuous_usage=continuous_usage,
         logprobs=logprobs,
         return_token_ids=bool(request.return_token_ids),
+        conversation=conversation,
+    )
+
+
+def _conversation(request: ChatRequest, text: str, model: ServedModel) -> Conversation | None:
+    """The prompt by way of the memo; None where its tokens aren't those of its text alone."""
+    if request.add_special_tokens or request.truncate_prompt_tokens is not None:
+        return None
+    return Conversation(
+        text,
+        request.cache_salt or "",
+        model.tokenizer,
+        model.memo,
+        has_answers=any(message.role == "assistant" for message in request.messages),
     )
 
 

@@ -31,6 +31,14 @@ def disaggregated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerPr
         yield server
 
 
+@pytest.fixture(scope="module")
+def one_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """One worker that does everything."""
+    log = tmp_path_factory.mktemp("server") / "log"
+    with serve(*SMALL, "--mixed", "1", "--dtype", "float32", log=log) as server:
+        yield server
+
+
 @pytest.fixture
 def log(tmp_path: Path) -> Path:
     return tmp_path / "log"

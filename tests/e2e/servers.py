@@ -43,6 +43,11 @@ class ServerProcess:
         with urllib.request.urlopen(self.url + path, timeout=30) as response:
             return json.load(response)
 
+    def post(self, path: str, body: object) -> Any:
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode())
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return json.load(response)
+
     def workers(self) -> list[int]:
         """Process ids of the workers."""
         return children(self.process.pid)

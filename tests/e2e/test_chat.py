@@ -3,7 +3,7 @@
 import asyncio
 import subprocess
 import sys
-from typing import Any
+from typing import Any, cast
 
 import openai
 import pytest
@@ -42,6 +42,36 @@ def test_a_second_turn_reuses_the_first(disaggregated: ServerProcess) -> None:
     assert usage.prompt_tokens_details.cached_tokens >= 48
     assert usage.prompt_tokens > usage.prompt_tokens_details.cached_tokens
     assert_all_home(disaggregated)
+
+
+def test_a_second_turn_finds_the_whole_first_answer(one_worker: ServerProcess) -> None:
+    """Also where encoding the answer again would give other tokens."""
+    client = one_worker.client()
+    messages: list[Any] = [{"role": "user", "content": "Sing!"}]
+    letters = one_worker.post("/tokenize", {"prompt": "l"})["tokens"]
+    letters += one_worker.post("/tokenize", {"prompt": "a"})["tokens"]
+    asked: dict[str, Any] = {"return_token_ids": True, "ignore_eos": True}
+    first = client.chat.completions.create(
+        model=MODEL,
+        messages=messages,
+        max_tokens=48,
+        logit_bias={str(letter): 100 for letter in letters},
+        extra_body=asked,
+    ).to_dict()
+    (choice,) = cast(list[Any], first["choices"])
+    text = choice["message"]["content"]
+    assert choice["token_ids"] != one_worker.post("/tokenize", {"prompt": text})["tokens"]
+    served = cast(list[int], first["prompt_token_ids"]) + choice["token_ids"]
+    messages += [{"role": "assistant", "content": text}, {"role": "user", "content": "More!"}]
+    second = client.chat.completions.create(
+        model=MODEL, messages=messages, max_tokens=1, extra_body=asked
+    )
+    prompt = cast(list[int], second.to_dict()["prompt_token_ids"])
+    assert prompt[: len(served)] == served
+    # The last token of an answer has no KV when the answer ends.
+    assert second.usage is not None
+    assert second.usage.prompt_tokens_details is not None
+    assert second.usage.prompt_tokens_details.cached_tokens == (len(served) - 1) // 16 * 16
 
 
 def test_the_demo_model_knows_the_capital_of_france(disaggregated: ServerProcess) -> None:

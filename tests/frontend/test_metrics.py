@@ -7,6 +7,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from memserve.frontend.metrics import Metrics, kv_cache_usage, one_two_five
 from memserve.frontend.timeline import Moment, Timeline
 from memserve.messages import EngineStats, TokenEvent
+from memserve.openai.memo import ChatMemo
 from memserve.pool.refs import TierStats
 from tests.fakes import FakeInstance
 
@@ -56,7 +57,7 @@ def scrape(metrics: Metrics) -> dict[tuple[str, ...], float]:
 
 @pytest.fixture
 def metrics() -> Metrics:
-    return Metrics("org/model", 1000, lambda: INSTANCES)
+    return Metrics("org/model", 1000, lambda: INSTANCES, ChatMemo(1 << 20))
 
 
 def test_a_request_is_measured_from_its_timeline(metrics: Metrics) -> None:
@@ -135,7 +136,7 @@ def test_each_instance_has_its_series_read_at_the_time_of_the_scrape(metrics: Me
 
 
 def test_two_apps_do_not_share_a_registry(metrics: Metrics) -> None:
-    other = Metrics("org/model", 1000, list)
+    other = Metrics("org/model", 1000, list, ChatMemo(0))
     metrics.token_gap(1.0)
     assert scrape(other)["memserve:inter_token_latency_seconds_count", "frontend"] == 0
 
