@@ -17,7 +17,7 @@ import msgspec
 import yaml
 
 from memserve.errors import UsageError
-from memserve.pool.refs import DType
+from memserve.pool.refs import DType, Encoding
 
 SIZE_UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
@@ -60,6 +60,12 @@ class ServeConfig:
         "0",
         "Memory of one worker for history that its KV cache has no room for, as 4G; 0: none.",
     )
+    dram_cache_dtype: str = _flag(
+        "auto",
+        "Type of that history; auto: the KV cache's own; int8: a byte and a little for each value, "
+        "so twice as much in the same memory, slightly rounded.",
+        choices=("auto", "int8"),
+    )
     max_num_seqs: int = _flag(64, "Most sequences that one worker runs at once.")
     max_num_batched_tokens: int = _flag(512, "Most tokens in one step of a worker.")
     max_num_queued_reqs: int = _flag(1024, "Most requests in the server; more are answered 503.")
@@ -90,6 +96,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_bytes: int
     dram_cache_bytes: int = 0
     """0: no DRAM tier."""
+    dram_cache_encoding: Encoding = "plain"
     max_num_seqs: int
     max_num_batched_tokens: int
     handover_timeout: float

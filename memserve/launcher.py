@@ -67,6 +67,7 @@ def plan_instances(config: ServeConfig, prepared: PreparedModel) -> list[Instanc
         block_size=config.block_size,
         kv_cache_bytes=cache_bytes(config, len(roles)),
         dram_cache_bytes=parse_size(config.dram_cache_memory, zero=True),
+        dram_cache_encoding="int8" if config.dram_cache_dtype == "int8" else "plain",
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         handover_timeout=config.handover_timeout,

@@ -10,6 +10,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "int8.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -96,4 +98,31 @@ void memserve_move_blocks(char *destination, const int64_t *destination_blocks, 
     for (int64_t i = 0; i < n; i++)
         copy_bytes(destination + destination_blocks[i] * block_bytes,
                    source + source_blocks[i] * block_bytes, (size_t)block_bytes);
+}
+
+/* Copies n blocks from an arena of plain blocks into one of int8 blocks (`to_int8`), or the other way.
+ * With a table each is verified as by `memserve_copy_blocks`; without one (NULL) the caller keeps both
+ * ends from changing meanwhile. Returns the number of blocks copied whole. */
+int64_t memserve_convert_blocks(char *destination, const int64_t *destination_blocks,
+                                const char *source, const int64_t *source_blocks,
+                                const generation_t *table, const uint32_t *expected, int64_t n,
+                                const block_format_t *format, int64_t to_int8, uint8_t *ok) {
+    const int64_t size_into = to_int8 ? format->int8_bytes : format->plain_bytes;
+    const int64_t size_from = to_int8 ? format->plain_bytes : format->int8_bytes;
+    int64_t num_ok = 0;
+    for (int64_t i = 0; i < n; i++) {
+        generation_t *generation = table ? (generation_t *)&table[source_blocks[i]] : NULL;
+        char *into = destination + destination_blocks[i] * size_into;
+        const char *from = source + source_blocks[i] * size_from;
+        ok[i] = !generation ||
+                atomic_load_explicit(generation, memory_order_acquire) == expected[i];
+        if (!ok[i])
+            continue;
+        (to_int8 ? memserve_block_to_int8 : memserve_block_from_int8)(into, from, format);
+        atomic_thread_fence(memory_order_seq_cst);
+        ok[i] = !generation ||
+                atomic_load_explicit(generation, memory_order_seq_cst) == expected[i];
+        num_ok += ok[i];
+    }
+    return num_ok;
 }

@@ -36,8 +36,9 @@ class Arena:
     """KV blocks of one instance and tier, readable by peers through `fd`.
 
     `tensor` is [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim] of the layout's
-    dtype, zero at first; K stands at index 0 of the third dimension, V at 1. `generations` counts
-    the contents of each block. `address` is where block 0 lies in this process.
+    dtype, zero at first; K stands at index 0 of the third dimension, V at 1. If the layout's encoding
+    is int8, it is uint8 [num_blocks, block_bytes] (see `memserve.pool.int8`). `generations` counts the
+    contents of each block. `address` is where block 0 lies in this process.
 
     Raises UsageError, with what to lower, if the machine lacks the memory.
     """
@@ -64,21 +65,24 @@ class Arena:
             raise UsageError(_too_little(size, tier, str(error))) from error
         header = pack_header(self.descriptor)
         self._map[: len(header)] = header
-        values = torch.frombuffer(
+        blocks = torch.frombuffer(
             self._map,
-            dtype=_DTYPES[layout.dtype],
+            dtype=torch.uint8,
             offset=blocks_offset(layout),
-            count=layout.num_blocks * layout.block_bytes // _DTYPES[layout.dtype].itemsize,
-        )
-        self.tensor: torch.Tensor = values.view(layout.num_blocks, *layout.block_shape)
+            count=layout.num_blocks * layout.block_bytes,
+        ).view(layout.num_blocks, layout.block_bytes)
+        self.tensor: torch.Tensor = blocks
+        if layout.encoding == "plain":
+            values = blocks.view(_DTYPES[layout.dtype])
+            self.tensor = values.view(layout.num_blocks, *layout.block_shape)
         table = np.frombuffer(
             self._map, dtype=np.uint32, count=layout.num_blocks, offset=GENERATIONS_OFFSET
         )
         self.generations = GenerationTable(table, native)
         self.address: int = self.tensor.data_ptr()
         logger.info(
-            "arena of %d blocks, %.2f GiB (instance %d, epoch %d, tier %s)",
-            *(layout.num_blocks, size / 2**30, instance, epoch, tier.name),
+            "arena of %d blocks, %.2f GiB (instance %d, epoch %d, tier %s, %s)",
+            *(layout.num_blocks, size / 2**30, instance, epoch, tier.name, layout.encoding),
         )
 
     @property

@@ -40,6 +40,12 @@ class NativeBlocks:
         self._move = library.memserve_move_blocks
         self._move.argtypes = [pointer, pointer, pointer, pointer, number, number]
         self._move.restype = None
+        self._convert = library.memserve_convert_blocks
+        self._convert.argtypes = [
+            *(pointer, pointer, pointer, pointer, pointer, pointer),
+            *(number, pointer, number, pointer),
+        ]
+        self._convert.restype = number
 
     def bump(self, table_address: int, blocks: Sequence[int]) -> None:
         """End the content of `blocks`; every later write to them comes after it, for all to see."""
@@ -93,11 +99,45 @@ class NativeBlocks:
             block_bytes,
         )
 
+    def convert(
+        self,
+        destination: int,
+        destination_blocks: Int64s,
+        source: int,
+        source_blocks: Int64s,
+        verified: tuple[int, Uint32s] | None,
+        block_format: Int64s,
+        *,
+        to_int8: bool,
+    ) -> list[bool]:
+        """Copy blocks between arenas of which one keeps int8; whether each copy may be used.
+
+        `verified` is the source's table and the expected generations, as for `copy`; None: both ends
+        are kept from changing, as for `move`. `block_format` comes from `memserve.pool.int8`.
+        """
+        table, expected = (None, None) if verified is None else verified
+        ok = np.zeros(len(source_blocks), dtype=np.uint8)
+        self._convert(
+            destination,
+            destination_blocks.ctypes.data,
+            source,
+            source_blocks.ctypes.data,
+            table,
+            None if expected is None else expected.ctypes.data,
+            len(source_blocks),
+            block_format.ctypes.data,
+            int(to_int8),
+            ok.ctypes.data,
+        )
+        return [bool(flag) for flag in ok.tolist()]
+
 
 @lru_cache(maxsize=1)
 def load_native_blocks() -> NativeBlocks | None:
     """The compiled calls, or None where this machine has no working compiler (logged)."""
-    library = load_library("blocks", ["blocks.c"], flags=["-std=c11"])
+    # No multiplication fused with an addition: int8 blocks are to be the same bytes everywhere.
+    flags = ["-std=c11", "-ffp-contract=off"]
+    library = load_library("blocks", ["blocks.c", "int8.c"], flags=flags)
     return None if library is None else NativeBlocks(library)
 
 

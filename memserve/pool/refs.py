@@ -10,6 +10,8 @@ from typing import Literal, TypeAlias
 import msgspec
 
 DType: TypeAlias = Literal["float32", "bfloat16", "float16"]
+Encoding: TypeAlias = Literal["plain", "int8"]
+"""How an arena keeps its blocks: as they are computed, or as `memserve.pool.int8` says."""
 DTYPE_BYTES: dict[DType, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -34,6 +36,10 @@ class BlockRef(msgspec.Struct, frozen=True, array_like=True):
     generation: int
 
 
+SCALE_BYTES = 4
+LINE_BYTES = 64
+
+
 class TierStats(msgspec.Struct, frozen=True):
     """Blocks of one tier by state; a block may be active, historical and in flight at once."""
 
@@ -45,7 +51,10 @@ class TierStats(msgspec.Struct, frozen=True):
 
 
 class ArenaLayout(msgspec.Struct, frozen=True):
-    """Shape of an arena: [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]."""
+    """Shape of an arena: [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim].
+
+    `dtype` is the type of the values that a model reads and writes, whatever the encoding.
+    """
 
     num_blocks: int
     num_layers: int
@@ -53,6 +62,7 @@ class ArenaLayout(msgspec.Struct, frozen=True):
     num_kv_heads: int
     head_dim: int
     dtype: DType
+    encoding: Encoding = "plain"
 
     @property
     def block_shape(self) -> tuple[int, int, int, int, int]:
@@ -60,13 +70,27 @@ class ArenaLayout(msgspec.Struct, frozen=True):
         return (self.num_layers, 2, self.block_size, self.num_kv_heads, self.head_dim)
 
     @property
+    def num_scales(self) -> int:
+        """Scales of one int8 block: for each layer, K or V, and head."""
+        return self.num_layers * 2 * self.num_kv_heads
+
+    @property
     def block_bytes(self) -> int:
         """Bytes of one block, K and V of all layers: one contiguous run."""
-        num_values = self.num_layers * 2 * self.block_size * self.num_kv_heads * self.head_dim
-        return num_values * DTYPE_BYTES[self.dtype]
+        num_values = self.num_scales * self.block_size * self.head_dim
+        if self.encoding == "plain":
+            return num_values * DTYPE_BYTES[self.dtype]
+        return -(-(num_values + self.num_scales * SCALE_BYTES) // LINE_BYTES) * LINE_BYTES
+
+    def encoded(self, encoding: Encoding) -> "ArenaLayout":
+        """The same blocks kept in another way."""
+        return msgspec.structs.replace(self, encoding=encoding)
 
     def exchanges_with(self, other: "ArenaLayout") -> bool:
-        """Whether a block of `other` can be copied into this arena: all but num_blocks agrees."""
+        """Whether this arena can take blocks of `other`, converted where the encodings differ.
+
+        All but the number of blocks and the encoding must agree.
+        """
         return self.block_shape == other.block_shape and self.dtype == other.dtype
 
     def digest(self) -> bytes:

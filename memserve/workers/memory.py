@@ -16,7 +16,7 @@ from memserve.messages import MapPeer, ReleasePeer
 from memserve.pool.arena import Arena
 from memserve.pool.generations import load_native_blocks
 from memserve.pool.mempool import MemPool
-from memserve.pool.refs import ArenaDescriptor, ArenaLayout, Tier
+from memserve.pool.refs import ArenaDescriptor, ArenaLayout, Encoding, Tier
 from memserve.pool.transfer.memfd import MemfdTransfer
 from memserve.pool.transfer.tiers import TierCopy
 from memserve.workers.copying import Copier
@@ -37,15 +37,16 @@ class WorkerMemory:
     ) -> None:
         native = load_native_blocks()
 
-        def arena(tier: Tier, num_bytes: int) -> Arena:
-            layout = msgspec.structs.replace(shape, num_blocks=num_bytes // shape.block_bytes)
+        def arena(tier: Tier, num_bytes: int, encoding: Encoding = "plain") -> Arena:
+            one = shape.encoded(encoding)
+            layout = msgspec.structs.replace(one, num_blocks=num_bytes // one.block_bytes)
             return Arena(layout, instance=instance, epoch=epoch, native=native, tier=tier)
 
         self.hbm = arena(Tier.HBM, config.kv_cache_bytes)
         self.dram: Arena | None = None
         tiers: TierCopy | None = None
         if config.dram_cache_bytes:
-            self.dram = arena(Tier.DRAM, config.dram_cache_bytes)
+            self.dram = arena(Tier.DRAM, config.dram_cache_bytes, config.dram_cache_encoding)
             tiers = TierCopy(self.hbm, self.dram, native)
         self.pool = MemPool(self.hbm.descriptor, self.hbm.generations, dram=self.dram)
         self._transfer = MemfdTransfer(self.hbm, native, dram=self.dram)

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.e2e.servers import ServerProcess, assert_all_home, serve
 
 MODEL = "SmolLM2-135M-Instruct"
@@ -24,8 +26,12 @@ def ask(server: ServerProcess, document: str) -> tuple[list[int], int, int]:
     return completion.choices[0].token_ids, usage.prompt_tokens, cached
 
 
-def test_history_beyond_the_kv_cache_comes_back_from_dram(log: Path) -> None:
-    sizes = ["--kv-cache-memory", "48M", "--dram-cache-memory", "200M"]
+@pytest.mark.parametrize(("memory", "dtype"), [("200M", "auto"), ("24M", "int8")])
+def test_history_beyond_the_kv_cache_comes_back_from_dram(
+    log: Path, memory: str, dtype: str
+) -> None:
+    """24 MiB hold it as int8 only. The stories repeat themselves: no rounding changes what follows."""
+    sizes = ["--kv-cache-memory", "48M", "--dram-cache-memory", memory, "--dram-cache-dtype", dtype]
     with serve("--port", "0", "--dtype", "float32", *sizes, log=log) as server:
         first = [ask(server, document) for document in DOCUMENTS]
         again = [ask(server, document) for document in DOCUMENTS]

@@ -10,11 +10,13 @@ from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from memserve.pool.arena import Arena
 from memserve.pool.generations import NativeBlocks, load_native_blocks
 from memserve.pool.mempool import MemPool
-from memserve.pool.refs import ArenaDescriptor, ArenaLayout, BlockRef
+from memserve.pool.refs import SCALE_BYTES, ArenaDescriptor, ArenaLayout, BlockRef, Tier
 
 SMALL = ArenaLayout(8, 2, 4, 2, 8, "float32")
 # Blocks of 1 MiB: a copy takes long enough to be overtaken.
@@ -34,6 +36,15 @@ def native_blocks() -> NativeBlocks:
 def mark(ref: BlockRef) -> float:
     """The value that fills a block: a function of the block and its generation, exact in fp32."""
     return float((ref.generation * 8 + ref.block) % 2**24)
+
+
+def write_int8(block: npt.NDArray[np.uint8], ref: BlockRef, layout: ArenaLayout) -> float:
+    """Fill an int8 block, scales and codes, by `ref`; the value that each comes to, exact in fp32."""
+    scale, code = float(1 + (ref.generation * 8 + ref.block) % 2**16), 1 + ref.generation % 127
+    scale_bytes = SCALE_BYTES * layout.num_scales
+    block[:scale_bytes].view(np.float32).fill(scale)
+    block[scale_bytes:] = code
+    return scale * code
 
 
 def decode_refs(message: bytes) -> list[BlockRef]:
@@ -65,7 +76,8 @@ def peer(
 
 
 def _open(connection: socket.socket, layout: ArenaLayout) -> tuple[Arena, MemPool]:
-    arena = Arena(layout, instance=1, epoch=4, native=native_blocks())
+    tier = Tier.HBM if layout.encoding == "plain" else Tier.DRAM
+    arena = Arena(layout, instance=1, epoch=4, native=native_blocks(), tier=tier)
     socket.send_fds(connection, [msgspec.msgpack.encode(arena.descriptor)], [arena.fd])
     return arena, MemPool(arena.descriptor, arena.generations)
 
@@ -94,7 +106,11 @@ def recycles_blocks(connection: socket.socket, layout: ArenaLayout) -> None:
             refs = pool.refs(blocks)
             for ref in refs:
                 # numpy: torch's threads on both sides would fight for the cores.
-                arena.tensor[ref.block].numpy().fill(mark(ref))
+                block = arena.tensor[ref.block].numpy()
+                if layout.encoding == "int8":
+                    write_int8(block, ref, layout)
+                else:
+                    block.fill(mark(ref))
             with suppress(BlockingIOError):  # the reader has enough to read
                 connection.send(msgspec.msgpack.encode(refs))
             time.sleep(pause.uniform(0, 300e-6))

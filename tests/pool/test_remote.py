@@ -11,7 +11,7 @@ import pytest
 from memserve.channel import Channel
 from memserve.errors import ChannelClosed, OutOfBlocks, PoolError, StaleReference
 from memserve.messages import PoolAnswer, PoolCall, ToLauncher, ToWorker
-from memserve.pool.refs import BlockRef, Tier
+from memserve.pool.refs import BlockRef, Encoding, Tier
 from memserve.pool.remote import Kind, PoolReply, PoolRequest, RemotePool
 from memserve.pool.service import PoolService
 from tests.pool.test_tiers import NUM_DRAM, NUM_HBM, Instance, contents
@@ -22,8 +22,8 @@ PROMPT = [1, 1, 2, 1, 1, 2]
 class Served(Instance):
     """An instance that answers calls; its copies run at once, or when the test says so."""
 
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
+    def __init__(self, number: int, dram_encoding: Encoding = "plain") -> None:
+        super().__init__(number, dram_encoding)
         self.now = 0.0
         self.answers: list[PoolAnswer] = []
         self.hold_copies = False
@@ -84,9 +84,11 @@ class SocketControl:
 
 
 @asynccontextmanager
-async def two_instances(lease_s: float = 30.0) -> AsyncIterator[tuple[RemotePool, Served, Served]]:
+async def two_instances(
+    lease_s: float = 30.0, dram_encoding: Encoding = "plain"
+) -> AsyncIterator[tuple[RemotePool, Served, Served]]:
     """A remote pool that reaches instance 1; instance 0 is the source. The books agree at the end."""
-    source, served = Served(0), Served(1)
+    source, served = (Served(number, dram_encoding) for number in range(2))
     for arena in source.arenas.values():
         served.transfer.map(arena.descriptor, arena.fd)
     ours, theirs = socket.socketpair()
@@ -153,10 +155,13 @@ async def test_an_allocation_that_can_not_be_met_changes_nothing() -> None:
             await remote.alloc_mem(1, Kind.HBM, instance=2)
 
 
+@pytest.mark.parametrize("encoding", ["plain", "int8"])
 @pytest.mark.parametrize("kind", [Kind.HBM, Kind.DRAM])
 @pytest.mark.parametrize("tier", list(Tier))
-async def test_blocks_are_transferred_from_either_tier_into_either(kind: Kind, tier: Tier) -> None:
-    async with two_instances() as (remote, source, served):
+async def test_blocks_are_transferred_from_either_tier_into_either(
+    kind: Kind, tier: Tier, encoding: Encoding
+) -> None:
+    async with two_instances(dram_encoding=encoding) as (remote, source, served):
         refs = source.cache(PROMPT, tier)
         copies = await remote.transfer(1, refs, kind=kind)
         blocks = served.service.blocks

@@ -1,12 +1,13 @@
 """Two instances with two tiers each, over real arenas, against an oracle of what bytes must be.
 
-A block's bytes are a function of all tokens up to its end. Copies are begun, run and settled at
+A block's bytes are a function of all tokens up to its end, of the kind that int8 keeps exactly, so that
+the same oracle judges a DRAM tier of either encoding. Copies are begun, run and settled at
 moments that hypothesis chooses, with everything else in between; whatever is free is overwritten.
 """
 
 import zlib
 from array import array
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -16,9 +17,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from memserve.errors import OutOfBlocks, PoolError
 from memserve.pool.arena import Arena
+from memserve.pool.int8 import block_from_int8, block_to_int8
 from memserve.pool.mempool import MemPool
 from memserve.pool.pending import Match, Swap
-from memserve.pool.refs import ArenaLayout, BlockRef, Tier
+from memserve.pool.refs import ArenaLayout, BlockRef, Encoding, Tier
 from memserve.pool.transfer.memfd import MemfdTransfer
 from memserve.pool.transfer.tiers import TierCopy
 from tests.pool.peer import native_blocks
@@ -38,7 +40,8 @@ tiers = st.sampled_from(list(Tier))
 
 
 def content(packed: bytes, salt: str) -> float:
-    return float(zlib.crc32(packed + salt.encode()) % 2**24)
+    """127 times a scale that int8 can have."""
+    return 127.0 * (1 + zlib.crc32(packed + salt.encode()) % (2**17 - 1))
 
 
 def contents(tokens: list[int], salt: str, num_blocks: int) -> list[float]:
@@ -63,17 +66,15 @@ class Pull(NamedTuple):
 class Instance:
     """A pool over two real arenas, and who holds what of it."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, dram_encoding: Encoding = "plain") -> None:
         native = native_blocks()
+        layouts = {
+            Tier.HBM: ArenaLayout(NUM_HBM, 1, BLOCK, 1, 1, "float32"),
+            Tier.DRAM: ArenaLayout(NUM_DRAM, 1, BLOCK, 1, 1, "float32", dram_encoding),
+        }
         self.arenas = {
-            tier: Arena(
-                ArenaLayout(count, 1, BLOCK, 1, 1, "float32"),
-                instance=number,
-                epoch=1,
-                native=native,
-                tier=tier,
-            )
-            for tier, count in ((Tier.HBM, NUM_HBM), (Tier.DRAM, NUM_DRAM))
+            tier: Arena(layout, instance=number, epoch=1, native=native, tier=tier)
+            for tier, layout in layouts.items()
         }
         hbm, dram = self.arenas[Tier.HBM], self.arenas[Tier.DRAM]
         self.pool = MemPool(hbm.descriptor, hbm.generations, dram=dram)
@@ -87,16 +88,19 @@ class Instance:
         self.pulls: list[Pull] = []
         self.num_dropped = 0
 
-    def cell(self, block: int) -> "np.ndarray[Any, Any]":
-        arena = self.arenas[self.pool.tier_of(block)]
-        return arena.tensor[self.pool.place(block)].numpy()
-
     def write(self, blocks: list[int], values: list[float]) -> None:
         for block, value in zip(blocks, values, strict=True):
-            self.cell(block).fill(value)
+            cell = self.arenas[self.pool.tier_of(block)].tensor[self.pool.place(block)].numpy()
+            if cell.dtype == np.uint8:
+                cell[:] = block_to_int8(np.full(BLOCK * 2, value, np.float32).view(np.uint8), SHAPE)
+            else:
+                cell.fill(value)
 
     def holds(self, block: int, value: float) -> bool:
-        return bool((self.cell(block) == value).all())
+        cell = self.arenas[self.pool.tier_of(block)].tensor[self.pool.place(block)].numpy()
+        if cell.dtype == np.uint8:
+            cell = block_from_int8(cell, SHAPE).view(np.float32)
+        return bool((cell == value).all())
 
     def spoil_free_blocks(self) -> None:
         """Whoever still reads or writes a free block is found out."""
@@ -125,9 +129,11 @@ class Instance:
 
 
 class TwoInstances(RuleBasedStateMachine):
+    dram_encoding: Encoding = "plain"
+
     @initialize()
     def start(self) -> None:
-        self.instances = [Instance(0), Instance(1)]
+        self.instances = [Instance(number, self.dram_encoding) for number in range(2)]
         for instance, peer in (self.instances, self.instances[::-1]):
             for arena in peer.arenas.values():
                 instance.transfer.map(arena.descriptor, arena.fd)
@@ -352,10 +358,17 @@ class TwoInstances(RuleBasedStateMachine):
                     assert instance.holds(block, value)
 
 
-TestTwoInstances = TwoInstances.TestCase
-TestTwoInstances.settings = settings(
+class TwoInstancesWithInt8(TwoInstances):
+    dram_encoding = "int8"
+
+
+ENOUGH = settings(
     max_examples=60,
     stateful_step_count=50,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
+TestTwoInstances = TwoInstances.TestCase
+TestTwoInstances.settings = ENOUGH
+TestTwoInstancesWithInt8 = TwoInstancesWithInt8.TestCase
+TestTwoInstancesWithInt8.settings = settings(ENOUGH, max_examples=40)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 
@@ -18,7 +19,7 @@ from memserve.native.build import load_library
 from memserve.pool.arena import Arena
 from memserve.pool.generations import NativeBlocks
 from memserve.pool.mempool import MemPool
-from memserve.pool.refs import ArenaDescriptor, ArenaLayout, BlockRef
+from memserve.pool.refs import ArenaDescriptor, ArenaLayout, BlockRef, Encoding, Tier
 from memserve.pool.transfer import Transfer
 from memserve.pool.transfer.memfd import MemfdTransfer
 
@@ -31,6 +32,7 @@ from .peer import (
     peer,
     publishes_full_blocks,
     recycles_blocks,
+    write_int8,
 )
 
 
@@ -243,6 +245,44 @@ def test_without_a_compiler_only_leased_blocks_are_read_and_the_log_says_so_once
     other.close()
 
 
+def test_without_a_compiler_int8_blocks_are_read_under_a_lease() -> None:
+    plain = msgspec.structs.replace(SMALL, dtype="bfloat16")
+    arena = Arena(plain, instance=0, epoch=1, native=None)
+    other = Arena(plain.encoded("int8"), instance=1, epoch=4, native=None, tier=Tier.DRAM)
+    pool = MemPool(other.descriptor, other.generations)
+    refs = pool.refs(pool.alloc_mem(2))
+    values = [write_int8(other.tensor[ref.block].numpy(), ref, other.layout) for ref in refs]
+    transfer = MemfdTransfer(arena, None)
+    transfer.map(other.descriptor, other.fd)
+    pool.free_mem([refs[1].block])
+    assert transfer.read(refs, [3, 0], leased=True) == [True, False]
+    assert torch.all(arena.tensor[3] == values[0])
+    for each in (arena, other):
+        each.close()
+
+
+@pytest.mark.parametrize(("own", "theirs"), [("plain", "int8"), ("int8", "plain")])
+def test_a_dram_tier_of_another_encoding_is_refused_and_says_which_flag_to_look_at(
+    arena: Arena, own: Encoding, theirs: Encoding
+) -> None:
+    mine, peers = (
+        Arena(
+            SMALL.encoded(encoding),
+            instance=number,
+            epoch=1,
+            native=native_blocks(),
+            tier=Tier.DRAM,
+        )
+        for number, encoding in enumerate((own, theirs))
+    )
+    transfer = MemfdTransfer(arena, native_blocks(), dram=mine)
+    with pytest.raises(PoolError, match=rf"as {theirs}, this one as {own}.*--dram-cache-dtype"):
+        transfer.map(peers.descriptor, peers.fd)
+    MemfdTransfer(arena, native_blocks()).map(peers.descriptor, peers.fd)  # no DRAM of its own
+    for each in (mine, peers):
+        each.close()
+
+
 def pull_from_a_recycler(
     copy: NativeBlocks, limit_s: float, *, layout: ArenaLayout = LARGE, enough: float = math.inf
 ) -> tuple[int, int, int]:
@@ -251,7 +291,7 @@ def pull_from_a_recycler(
     Ends after `limit_s`, `enough` pulls or the first wrong block. Returns how many blocks were right,
     refused, and declared good though they were wrong.
     """
-    arena = new_arena(layout)
+    arena = new_arena(layout.encoded("plain"))
     transfer = MemfdTransfer(arena, copy)
     right = refused = wrong = 0
     with peer(recycles_blocks, layout) as (connection, descriptor, fd, _):
@@ -264,12 +304,17 @@ def pull_from_a_recycler(
             refs = decode_refs(message)
             flags = transfer.read(refs, [0, 1])
             for i, (ref, ok) in enumerate(zip(refs, flags, strict=True)):
-                as_published = bool((arena.tensor[i].numpy() == mark(ref)).all())
+                value = mark(ref) if layout.encoding == "plain" else int8_mark(ref, layout)
+                as_published = bool((arena.tensor[i].numpy() == value).all())
                 right += ok and as_published
                 wrong += ok and not as_published
                 refused += not ok
     arena.close()
     return right, refused, wrong
+
+
+def int8_mark(ref: BlockRef, layout: ArenaLayout) -> float:
+    return write_int8(np.zeros(layout.block_bytes, np.uint8), ref, layout)
 
 
 def drain(connection: socket.socket) -> bytes:
@@ -281,6 +326,14 @@ def drain(connection: socket.socket) -> bytes:
 
 def test_a_pull_that_loses_the_race_with_reuse_is_refused_and_never_wrong() -> None:
     right, refused, wrong = pull_from_a_recycler(native_blocks(), limit_s=3.0)
+    assert wrong == 0
+    assert right > 0
+    assert refused > 0
+
+
+def test_a_pull_of_int8_blocks_that_loses_the_race_is_refused_and_never_wrong() -> None:
+    layout = LARGE.encoded("int8")
+    right, refused, wrong = pull_from_a_recycler(native_blocks(), limit_s=3.0, layout=layout)
     assert wrong == 0
     assert right > 0
     assert refused > 0

@@ -26,7 +26,7 @@ from memserve.config import EngineConfig
 from memserve.generation import Generation
 from memserve.messages import Configure, Ready, SamplingParams
 from memserve.model.sampling import Sampled
-from memserve.pool.refs import ArenaLayout
+from memserve.pool.refs import ArenaLayout, Encoding
 from memserve.scheduler.placement import Load, Placement, Policy, Role
 from memserve.workers.engine import Engine
 from memserve.workers.link import Link
@@ -42,10 +42,10 @@ SHAPE = ArenaLayout(
     num_layers=1,
     block_size=BLOCK_SIZE,
     num_kv_heads=1,
-    head_dim=1,
+    head_dim=5,
     dtype="float32",
 )
-MODULUS = (1 << 24) - 3  # fingerprints are exact in float32
+MODULUS = (1 << 24) - 3
 
 
 def fingerprints(tokens: Sequence[int]) -> list[int]:
@@ -55,6 +55,11 @@ def fingerprints(tokens: Sequence[int]) -> list[int]:
         value = (value * 31337 + token + 7) % MODULUS
         found.append(value)
     return found
+
+
+def digits(fingerprint: int) -> list[float]:
+    """How a cell holds it: 127, so that the scale of int8 is 1, and four digits of 7 bits."""
+    return [127.0, *(float(fingerprint >> shift & 127) for shift in (21, 14, 7, 0))]
 
 
 def oracle_answer(prompt: Sequence[int], num_tokens: int) -> list[int]:
@@ -69,7 +74,7 @@ class OracleRunner:
     """Computes fingerprints instead of attention, and checks those that it finds."""
 
     def __init__(self, arena: torch.Tensor, step_seconds: float) -> None:
-        self._cells = arena.view(arena.shape[0], 2, BLOCK_SIZE)
+        self._cells = arena.view(arena.shape[0], 2, BLOCK_SIZE, SHAPE.head_dim).numpy()
         self._step_seconds = step_seconds
         self.num_computed = 0
 
@@ -88,10 +93,11 @@ class OracleRunner:
         blocks = np.asarray(sequence.blocks)
         for position in range(end):
             cell = self._cells[int(blocks[position // BLOCK_SIZE]), :, position % BLOCK_SIZE]
+            held = digits(wanted[position])
             if position >= start:
-                cell.fill_(float(wanted[position]))
+                cell[:] = held
                 self.num_computed += 1
-            assert cell.tolist() == [wanted[position]] * 2, f"wrong KV at position {position}"
+            assert cell.tolist() == [held] * 2, f"wrong KV at position {position}"
         return wanted[-1]
 
 
@@ -173,6 +179,7 @@ class RigOptions:
     roles: tuple[Role, ...]
     num_blocks: int = 64
     num_dram_blocks: int = 0
+    dram_encoding: Encoding = "plain"
     max_num_seqs: int = 8
     max_num_batched_tokens: int = 16
     handover_timeout: float = 0.2
@@ -193,7 +200,8 @@ async def rig(options: RigOptions, policy: Policy | None = None) -> AsyncIterato
         max_model_len=1000,
         block_size=BLOCK_SIZE,
         kv_cache_bytes=options.num_blocks * SHAPE.block_bytes,
-        dram_cache_bytes=options.num_dram_blocks * SHAPE.block_bytes,
+        dram_cache_bytes=options.num_dram_blocks * SHAPE.encoded(options.dram_encoding).block_bytes,
+        dram_cache_encoding=options.dram_encoding,
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
         handover_timeout=options.handover_timeout,

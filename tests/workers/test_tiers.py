@@ -7,8 +7,18 @@ import pytest
 
 from memserve.cluster.cluster import Cluster
 from memserve.messages import EngineStats
+from memserve.pool.refs import Encoding
 from memserve.scheduler.placement import Role
-from tests.workers.rig import Crossing, RigOptions, answer, generation, oracle_answer, prompts, rig
+from tests.workers.rig import (
+    SHAPE,
+    Crossing,
+    RigOptions,
+    answer,
+    generation,
+    oracle_answer,
+    prompts,
+    rig,
+)
 
 MIXED = (Role.MIXED,)
 PREFILL_DECODE = (Role.PREFILL, Role.DECODE)
@@ -36,7 +46,7 @@ async def test_history_that_hbm_had_no_room_for_is_found_in_dram() -> None:
     assert stats.num_evictions == 0
     assert stats.num_swapped_out_blocks > 32
     assert stats.num_swapped_in_blocks > 32
-    assert stats.num_swapped_bytes == 32 * (
+    assert stats.num_swapped_bytes == SHAPE.block_bytes * (
         stats.num_swapped_out_blocks + stats.num_swapped_in_blocks
     )
 
@@ -51,12 +61,15 @@ async def test_without_a_dram_tier_the_same_history_is_lost() -> None:
     assert stats.num_evictions > 0
 
 
+@pytest.mark.parametrize("encoding", ["plain", "int8"])
 @pytest.mark.parametrize("num_dram_blocks", [3, 20, 400])
 @pytest.mark.parametrize("roles", [MIXED, PREFILL_DECODE, (Role.MIXED, Role.MIXED)])
 async def test_every_answer_is_right_whatever_moves_between_the_tiers(
-    roles: tuple[Role, ...], num_dram_blocks: int
+    roles: tuple[Role, ...], num_dram_blocks: int, encoding: Encoding
 ) -> None:
-    options = RigOptions(roles=roles, num_blocks=20, num_dram_blocks=num_dram_blocks)
+    options = RigOptions(
+        roles=roles, num_blocks=20, num_dram_blocks=num_dram_blocks, dram_encoding=encoding
+    )
     random_ = random.Random(num_dram_blocks)
     documents = prompts(8, longest=40, seed=1)
     asked = [

@@ -1,6 +1,7 @@
 """Reads of peers' arenas on the same machine, through read-only maps of their anonymous memory.
 
-One copy per block at memory speed, without a word to the owner. The second look at a block's
+One copy per block at memory speed, without a word to the owner; blocks go into an arena of another
+encoding converted. The second look at a block's
 generation needs the compiled copy (`memserve/native/blocks.c`); without it only leased reads are
 allowed. No torch here.
 """
@@ -24,6 +25,7 @@ from memserve.pool.header import (
     check_header,
     total_bytes,
 )
+from memserve.pool.int8 import convert_blocks
 from memserve.pool.refs import ArenaDescriptor, BlockRef, Tier
 
 logger = logging.getLogger(__name__)
@@ -100,6 +102,7 @@ class MemfdTransfer:
                 f"instance {descriptor.instance} has blocks of another layout: "
                 f"{descriptor.layout}; here they are {local}"
             )
+        self._require_encoding(descriptor)
         epochs = {
             p.descriptor.epoch for (i, _), p in self._peers.items() if i == descriptor.instance
         }
@@ -114,6 +117,18 @@ class MemfdTransfer:
         logger.info(
             "mapped the arena of instance %d, epoch %d", descriptor.instance, descriptor.epoch
         )
+
+    def _require_encoding(self, descriptor: ArenaDescriptor) -> None:
+        """Whoever keeps exact KV takes no rounded KV from others, so one tier has one encoding."""
+        own = self._arena if descriptor.tier == Tier.HBM else self._dram
+        if own is None:
+            return
+        ours, theirs = own.descriptor.layout.encoding, descriptor.layout.encoding
+        if ours != theirs:
+            raise PoolError(
+                f"instance {descriptor.instance} keeps its {Tier(descriptor.tier).name} tier as "
+                f"{theirs}, this one as {ours}: all need the same --dram-cache-dtype"
+            )
 
     def release(self, instance: int) -> None:
         """See `Transfer.release`."""
@@ -165,22 +180,29 @@ class MemfdTransfer:
         self, peer: _PeerArena, refs: Sequence[BlockRef], arena: LocalArena, into: Sequence[int]
     ) -> list[bool]:
         block_bytes = peer.descriptor.layout.block_bytes
+        blocks = [ref.block for ref in refs]
+        expected = np.array([ref.generation for ref in refs], dtype=np.uint32)
+        converts = peer.descriptor.layout.encoding != arena.descriptor.layout.encoding
         if self._native is not None:
+            if converts:
+                verified = (peer.table_address, expected)
+                return convert_blocks(self._native, peer, blocks, arena, into, verified)
             return self._native.copy(
                 arena.address,
                 np.array(into, dtype=np.int64),
                 peer.address,
-                np.array([ref.block for ref in refs], dtype=np.int64),
+                np.array(blocks, dtype=np.int64),
                 peer.table_address,
-                np.array([ref.generation for ref in refs], dtype=np.uint32),
+                expected,
                 block_bytes,
             )
-        ok = []
-        for ref, block in zip(refs, into, strict=True):
-            ctypes.memmove(
-                arena.address + block * block_bytes,
-                peer.address + ref.block * block_bytes,
-                block_bytes,
-            )
-            ok.append(peer.generation(ref.block) == ref.generation)
-        return ok
+        if converts:
+            convert_blocks(None, peer, blocks, arena, into)
+        else:
+            for block, place in zip(blocks, into, strict=True):
+                ctypes.memmove(
+                    arena.address + place * block_bytes,
+                    peer.address + block * block_bytes,
+                    block_bytes,
+                )
+        return [peer.generation(ref.block) == ref.generation for ref in refs]

@@ -1,6 +1,7 @@
 """Copies between the tiers of one instance: the bytes of a `Swap`.
 
-Both ends are kept from reuse by the swap, so nothing is verified. No torch here.
+Both ends are kept from reuse by the swap, so nothing is verified. Where DRAM keeps int8, blocks are
+converted on the way. No torch here.
 """
 
 import ctypes
@@ -10,6 +11,7 @@ from typing import final
 import numpy as np
 
 from memserve.pool.generations import NativeBlocks
+from memserve.pool.int8 import convert_blocks
 from memserve.pool.refs import Tier
 from memserve.pool.transfer.memfd import LocalArena
 
@@ -28,6 +30,9 @@ class TierCopy:
         source, destination = self._hbm, self._dram
         if to is Tier.HBM:
             source, destination = destination, source
+        if source.descriptor.layout.encoding != destination.descriptor.layout.encoding:
+            convert_blocks(self._native, source, sources, destination, destinations)
+            return
         block_bytes = source.descriptor.layout.block_bytes
         if self._native is not None:
             self._native.move(
