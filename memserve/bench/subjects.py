@@ -26,6 +26,7 @@ from memserve.pool.mempool import MemPool
 from memserve.workers.engine import Engine
 from memserve.workers.link import Link
 from memserve.workers.runner import Runner
+from memserve.workers.samples import Samples
 
 ENDLESS = 1 << 20
 
@@ -70,6 +71,8 @@ class EngineSubject:
             start_pull=_no_peer,
             start_fetch=_no_peer,
             map_peer=_no_peer,
+            copy_within=_no_peer,
+            samples=Samples(),
         )
         self._tickets = itertools.count()
 

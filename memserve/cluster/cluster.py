@@ -326,7 +326,7 @@ class Cluster:
             case PoolAnswer(number, reply):
                 self._calls.answer(number, reply)
             case Calibrated() | IndexEvents():
-                raise NotImplementedError
+                logger.debug("%s told of its steps or its index", instance.name)
             case Ready() | StartFailed():
                 raise AssertionError("a worker starts once")
             case _:

@@ -132,7 +132,7 @@ class Batcher:
     def share(self, sequence: Sequence) -> None:
         """Index the complete blocks of a sequence, so that others match them."""
         num_full = sequence.num_computed // self._pool.block_size
-        if num_full:
+        if num_full and sequence.reuse:
             tokens = sequence.tokens[: num_full * self._pool.block_size]
             self._pool.insert(tokens, sequence.blocks[:num_full], sequence.cache_salt)
 
@@ -176,8 +176,10 @@ class Batcher:
     def _in_the_making(self, sequence: Sequence) -> bool:
         """Whether another is about to compute or load a whole block that this one needs too."""
         size = self._pool.block_size
+        if not sequence.reuse:
+            return False
         for other in (*self.running, *self._loads):
-            if other.num_pending == 1 or other.cache_salt != sequence.cache_salt:
+            if other.num_pending == 1 or other.cache_salt != sequence.cache_salt or not other.reuse:
                 continue
             shared = common_prefix(other.tokens, sequence.tokens)
             if min(shared, len(sequence.tokens) - 1) // size > other.num_computed // size:
@@ -190,7 +192,8 @@ class Batcher:
         Beside its own blocks a newcomer must find one free block for each sequence that runs, lest
         it be preempted as soon as those grow.
         """
-        with self._pool.match(sequence.tokens[:-1], sequence.cache_salt) as match:
+        reusable = sequence.tokens[: -1 if sequence.reuse else 0]
+        with self._pool.match(reusable, sequence.cache_salt) as match:
             if any(self._pool.is_in_flight(block) for block in match.blocks[match.num_hbm :]):
                 return Admission.POSTPONED
             needed = -(-len(sequence.tokens) // self._pool.block_size) - match.num_hbm

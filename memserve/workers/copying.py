@@ -9,18 +9,21 @@ and verified all the same. An error of our own ends in `CopyFailed`, never in si
 
 import logging
 import queue
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import groupby
 from operator import attrgetter
 
 from memserve.errors import PoolError
+from memserve.messages import CopySample
 from memserve.pool.pending import Swap
 from memserve.pool.refs import BlockRef, Tier
 from memserve.pool.transfer.memfd import MemfdTransfer
 from memserve.pool.transfer.tiers import TierCopy
 from memserve.workers.fetching import Fetch
 from memserve.workers.link import CopyDone, CopyFailed, Event, FetchDone, PullDone, SwapDone
+from memserve.workers.samples import Samples
 
 logger = logging.getLogger(__name__)
 
@@ -31,11 +34,16 @@ class Copier:
     """Runs pulls and swaps on one background thread and reports each to the inbox."""
 
     def __init__(
-        self, transfer: MemfdTransfer, tiers: TierCopy | None, inbox: "queue.SimpleQueue[Event]"
+        self,
+        transfer: MemfdTransfer,
+        tiers: TierCopy | None,
+        inbox: "queue.SimpleQueue[Event]",
+        samples: Samples,
     ) -> None:
         self._transfer = transfer
         self._tiers = tiers
         self._inbox = inbox
+        self._samples = samples
         self._thread = ThreadPoolExecutor(1, "memserve-copy")
 
     def start(self, ticket: int, indexes: list[int], refs: list[BlockRef], into: list[int]) -> None:
@@ -91,12 +99,16 @@ class Copier:
         return self._read(refs, into, Tier.HBM)
 
     def _read(self, refs: list[BlockRef], into: list[int], tier: Tier) -> list[bool]:
+        start = time.perf_counter()
         try:
             leased = self._transfer.needs_lease
-            return self._transfer.read(refs, into, leased=leased, tier=tier)
+            verified = self._transfer.read(refs, into, leased=leased, tier=tier)
         except PoolError as error:
             logger.info("a pull was refused: %s", error)
             return [False] * len(refs)
+        num_bytes = len(refs) * self._transfer.block_bytes
+        self._samples.add_copy(CopySample(num_bytes, time.perf_counter() - start))
+        return verified
 
     def _swap(self, swap: Swap) -> None:
         assert self._tiers is not None

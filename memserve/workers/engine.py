@@ -14,11 +14,15 @@ from collections.abc import Callable
 from collections.abc import Sequence as Items
 from typing import Protocol, assert_never
 
+import msgspec
+
 from memserve.config import EngineConfig
 from memserve.messages import (
     Abort,
     Calibrate,
+    Calibrated,
     Configure,
+    CopySample,
     EngineStats,
     Expect,
     Heartbeat,
@@ -33,6 +37,7 @@ from memserve.messages import (
     ResetPrefixCache,
     Settle,
     Shutdown,
+    StepSample,
     Submit,
     TokenEvent,
     Tokens,
@@ -41,9 +46,11 @@ from memserve.model.sampling import Sampled
 from memserve.pool.mempool import MemPool
 from memserve.pool.service import PoolService, StartPull
 from memserve.workers.batching import Batcher
+from memserve.workers.calibration import CopyBlocks, calibrate
 from memserve.workers.claims import Claims
 from memserve.workers.fetching import Loads, StartFetch
 from memserve.workers.handover import Arrivals, Departures, StartCopy
+from memserve.workers.index_feed import IndexFeed
 from memserve.workers.link import (
     CopyDone,
     CopyFailed,
@@ -54,6 +61,7 @@ from memserve.workers.link import (
     PullDone,
     SwapDone,
 )
+from memserve.workers.samples import Samples, step_sample
 from memserve.workers.sequence import Sequence, Slice
 from memserve.workers.swapping import StartSwap, Swapper
 
@@ -85,15 +93,21 @@ class Engine:
         start_pull: StartPull,
         start_fetch: StartFetch,
         map_peer: Callable[[MapPeer | ReleasePeer], None],
+        copy_within: CopyBlocks,
+        samples: Samples,
     ) -> None:
+        self._config = config
         self._link = link
         self._pool = pool
         self._runner = runner
+        self._copy_within = copy_within
+        self._samples = samples
+        self._feed = IndexFeed(pool, link.send)
         self._eos_token_ids = frozenset(config.eos_token_ids)
         self._map_peer = map_peer
         self._swapper = Swapper(pool, start_swap)
         self._service = PoolService(
-            pool, lambda number, reply: link.send(PoolAnswer(number, reply)), start_pull
+            pool, lambda number, reply: self._send(PoolAnswer(number, reply)), start_pull
         )
         claims = Claims(pool, self._swapper)
         self._loads = Loads(pool, self._swapper, start_fetch)
@@ -110,7 +124,7 @@ class Engine:
             pool,
             self._batcher,
             claims,
-            link.send,
+            self._send,
             timeout=timeout,
             by_chunk=config.transfer_granularity == "chunk",
         )
@@ -119,7 +133,7 @@ class Engine:
             self._batcher,
             claims,
             self._swapper,
-            link.send,
+            self._send,
             start_copy,
             max_num_seqs=config.max_num_seqs,
             timeout=timeout,
@@ -150,9 +164,22 @@ class Engine:
         self._swapper.tend()
         slices = self._batcher.schedule()
         if slices:
-            self._absorb(slices, self._runner.run(slices))
+            self._run(slices)
+        self._feed.flush()
         self._beat(now)
         return bool(slices)
+
+    def _run(self, slices: list[Slice]) -> None:
+        """Compute a step, timed, and record what came out."""
+        start = time.perf_counter()
+        sampled = self._runner.run(slices)
+        self._samples.add_step(step_sample(slices, time.perf_counter() - start))
+        self._absorb(slices, sampled)
+
+    def _send(self, message: msgspec.Struct) -> None:
+        """Send a message, after all that is to be told of the index up to now."""
+        self._feed.flush()
+        self._link.send(message)
 
     def _receive(self, *, wait: bool) -> None:
         """Handle everything that has arrived; with `wait`, sleep until something does."""
@@ -198,18 +225,26 @@ class Engine:
                 self._batcher.abort(ticket)
             case MapPeer() | ReleasePeer():
                 self._map_peer(event)
-            case Inspect(query):
-                self._link.send(Inspection(query, self.stats(), self.audit()))
+            case Inspect() | ReportIndex() | Calibrate():
+                self._answer(event)
             case ResetPrefixCache():
                 self._pool.reset()
-            case ReportIndex() | Calibrate():
-                raise NotImplementedError
             case Shutdown() | Hangup():
                 self._stopping = True
             case Configure():
                 raise AssertionError("a worker is configured once")
             case _:
                 assert_never(event)
+
+    def _answer(self, question: Inspect | ReportIndex | Calibrate) -> None:
+        """Tell the launcher what it wants to know of this worker."""
+        match question:
+            case Inspect(query):
+                self._send(Inspection(query, self.stats(), self.audit()))
+            case ReportIndex():
+                self._feed.report()
+            case Calibrate(query):
+                self._send(Calibrated(query, *self._calibrate()))
 
     def _submit(self, message: Submit) -> None:
         self._batcher.add(
@@ -220,6 +255,7 @@ class Engine:
                 num_prompt_tokens=len(message.prompt),
                 sampling=message.sampling,
                 cache_salt=message.cache_salt,
+                reuse=message.reuse,
                 decode_on=message.decode_on,
                 order=message.order,
                 first_fetched_block=message.first_fetched_block,
@@ -252,15 +288,16 @@ class Engine:
                 self._num_decode_tokens += 1
             if samples:
                 events.append(self._append(sequence, next(results)))
-        if events:
-            self._link.send(Tokens(events))
-        now = time.monotonic()
         finished = {event.ticket for event in events if event.finish is not None}
+        prefilled = [sequence for sequence in prefilled if sequence.ticket not in finished]
         for sequence in prefilled:
-            if sequence.ticket not in finished:
-                self._batcher.share(sequence)
-                if sequence.decode_on is not None:
-                    self._departures.publish(sequence, now)
+            self._batcher.share(sequence)
+        if events:
+            self._send(Tokens(events))
+        now = time.monotonic()
+        for sequence in prefilled:
+            if sequence.decode_on is not None:
+                self._departures.publish(sequence, now)
 
     def _append(self, sequence: Sequence, sampled: Sampled) -> TokenEvent:
         """Add a sampled token to its sequence and end the sequence if it was the last."""
@@ -282,7 +319,19 @@ class Engine:
     def _beat(self, now: float) -> None:
         if now >= self._next_heartbeat:
             self._next_heartbeat = now + HEARTBEAT_S
-            self._link.send(Heartbeat(self.stats()))
+            steps, copies = self._samples.take()
+            self._link.send(Heartbeat(self.stats(), steps, copies))
+
+    def _calibrate(self) -> tuple[list[StepSample], list[CopySample]]:
+        """Time some steps. Nothing else is served meanwhile, so only the launcher's start asks."""
+        return calibrate(
+            self._pool,
+            self._runner.run,
+            self._copy_within,
+            max_tokens=self._config.max_num_batched_tokens,
+            max_rows=self._config.max_num_seqs,
+            max_len=self._config.max_model_len,
+        )
 
     def audit(self) -> list[str]:
         """Recount every block from scratch; the problems found, none when the books are right."""

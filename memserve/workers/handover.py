@@ -238,7 +238,8 @@ class Arrivals:
             return False
         expect = arrival.expect
         # What lies in our own DRAM is pulled from the peer as well: it is the same copy.
-        match = self._pool.match(expect.prompt[:-1], expect.cache_salt, deepest=Tier.HBM)
+        reusable = expect.prompt[: -1 if expect.reuse else 0]
+        match = self._pool.match(reusable, expect.cache_salt, deepest=Tier.HBM)
         num_missing = -(-(len(expect.prompt) + 1) // self._pool.block_size) - len(match.blocks)
         blocks = None
         if not self._swapper.make_room(num_missing):
@@ -282,6 +283,7 @@ class Arrivals:
             num_prompt_tokens=len(expect.prompt),
             sampling=expect.sampling,
             cache_salt=expect.cache_salt,
+            reuse=expect.reuse,
             num_computed=len(expect.prompt),
             blocks=array("i", arrival.blocks),
         )

@@ -21,6 +21,7 @@ from memserve.pool.transfer.memfd import MemfdTransfer
 from memserve.pool.transfer.tiers import TierCopy
 from memserve.workers.copying import Copier
 from memserve.workers.link import Event
+from memserve.workers.samples import Samples
 
 
 class WorkerMemory:
@@ -50,7 +51,9 @@ class WorkerMemory:
             tiers = TierCopy(self.hbm, self.dram, native)
         self.pool = MemPool(self.hbm.descriptor, self.hbm.generations, dram=self.dram)
         self._transfer = MemfdTransfer(self.hbm, native, dram=self.dram)
-        self.copier = Copier(self._transfer, tiers, inbox)
+        self.samples = Samples()
+        self.copier = Copier(self._transfer, tiers, inbox, self.samples)
+        self._within = TierCopy(self.hbm, self.hbm, native)
 
     @property
     def descriptors(self) -> list[ArenaDescriptor]:
@@ -75,6 +78,10 @@ class WorkerMemory:
             self._transfer.map(message.arena, descriptor)
         finally:
             os.close(descriptor)
+
+    def copy_within(self, sources: list[int], destinations: list[int]) -> None:
+        """Copy blocks of HBM to other blocks of HBM, at once; only calibration does that."""
+        self._within.copy(sources, destinations, Tier.HBM)
 
     def close(self) -> None:
         """Wait for the copies under way, then give the memory back."""

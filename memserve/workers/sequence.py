@@ -21,6 +21,8 @@ class Sequence:
     num_prompt_tokens: int
     sampling: SamplingParams
     cache_salt: str = ""
+    reuse: bool = True
+    """Whether its blocks come from the index and go there."""
     decode_on: int | None = None
     """Instance that will decode it, once the prompt is computed; None: this one."""
     order: float = 0.0

@@ -66,6 +66,8 @@ def serve(configure: Configure, link: Link, descriptors: socket.socket) -> None:
         start_pull=memory.copier.start_pull,
         start_fetch=memory.copier.start_fetch,
         map_peer=lambda message: memory.map_peer(message, descriptors),
+        copy_within=memory.copy_within,
+        samples=memory.samples,
     )
     memory.send_descriptors(descriptors)
     link.send(Ready(memory.descriptors, model.spec.dtype, model.attention))

@@ -82,6 +82,8 @@ class HandEngine:
             start_pull=self.memory.copier.start_pull,
             start_fetch=self._start_fetch,
             map_peer=self._forget_peer,
+            copy_within=self.memory.copy_within,
+            samples=self.memory.samples,
         )
 
     def submit(
@@ -93,6 +95,7 @@ class HandEngine:
         fetch: Sequence[BlockRef] = (),
         first: int = 0,
         order: float = 0.0,
+        reuse: bool = True,
     ) -> None:
         """Send a prompt, with references of its blocks from number `first` on."""
         self.link.inbox.put(
@@ -102,6 +105,7 @@ class HandEngine:
                 prompt=list(prompt),
                 sampling=SamplingParams(max_tokens=max_tokens, seed=0),
                 order=order,
+                reuse=reuse,
                 first_fetched_block=first,
                 fetch=list(fetch),
             )

@@ -28,6 +28,7 @@ from memserve.messages import Configure, Ready, SamplingParams
 from memserve.model.sampling import Sampled
 from memserve.pool.refs import ArenaLayout, Encoding
 from memserve.scheduler.placement import Load, Placement, Policy, Role
+from memserve.workers import calibration
 from memserve.workers.engine import Engine
 from memserve.workers.link import Link
 from memserve.workers.memory import WorkerMemory
@@ -88,6 +89,8 @@ class OracleRunner:
 
     def _compute(self, part: Slice) -> int:
         sequence = part.sequence
+        if sequence.ticket == calibration.TICKET:
+            return 0  # its blocks hold anything
         start, end = sequence.num_computed, sequence.num_computed + part.num_tokens
         wanted = fingerprints(sequence.tokens[:end])
         blocks = np.asarray(sequence.blocks)
@@ -153,6 +156,8 @@ class ThreadWorker:
             start_pull=held(memory, memory.copier.start_pull, self._options.copy_seconds),
             start_fetch=held(memory, memory.copier.start_fetch, self._options.copy_seconds),
             map_peer=lambda message: memory.map_peer(message, self._descriptors),
+            copy_within=memory.copy_within,
+            samples=memory.samples,
         )
         memory.send_descriptors(self._descriptors)
         link.send(Ready(memory.descriptors, "float32", "oracle"))

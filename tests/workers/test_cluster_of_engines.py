@@ -12,6 +12,7 @@ from memserve.messages import TokenEvent
 from memserve.scheduler.placement import Role
 from memserve.workers.copying import Copier
 from memserve.workers.link import CopyFailed, Event
+from memserve.workers.samples import Samples
 from tests.workers.rig import (
     BLOCK_SIZE,
     Crossing,
@@ -214,7 +215,7 @@ async def test_a_message_that_can_not_be_handled_leaves_nobody_waiting() -> None
 
 def test_an_error_on_the_copy_thread_is_reported_and_not_swallowed() -> None:
     inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
-    copier = Copier(BrokenTransfer(), None, inbox)  # type: ignore[arg-type]
+    copier = Copier(BrokenTransfer(), None, inbox, Samples())  # type: ignore[arg-type]
     copier.start(1, [0], [], [0])
     copier.close()
     event = inbox.get(timeout=10)

@@ -90,6 +90,11 @@ class MemfdTransfer:
         """True where the copy that checks generations could not be compiled."""
         return self._native is None
 
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block."""
+        return self._arena.descriptor.layout.block_bytes
+
     def export(self) -> tuple[ArenaDescriptor, int]:
         """See `Transfer.export`."""
         return self._arena.descriptor, self._arena.fd
