@@ -1,4 +1,4 @@
-"""The `memserve` command: serve, chat, simulate, version.
+"""The `memserve` command: serve, chat, bench, simulate, version.
 
 The flags of `serve` are the fields of `memserve.config.ServeConfig`. A mistake of the operator is one
 line on standard error and exit code 2, never a traceback.
@@ -15,6 +15,7 @@ from pathlib import Path
 import click
 
 from memserve import __version__
+from memserve.bench.command import bench
 from memserve.config import ServeConfig, read_config_file
 from memserve.errors import UsageError
 from memserve.sim.command import simulate
@@ -97,6 +98,7 @@ def chat(**values: typing.Any) -> None:  # noqa: ANN401
 
 
 cli.add_command(simulate)
+cli.add_command(bench)
 
 
 @cli.command()

@@ -25,7 +25,8 @@ LAYERS = [
     {"frontend"},
     {"server", "cluster"},
     {"launcher", "chat"},
-    {"cli", "bench"},
+    {"bench"},
+    {"cli"},
     {"__main__"},
 ]
 WORKER_ONLY = {"workers", "model", "pool"}

@@ -33,8 +33,8 @@ def synthetic_tokens(vocab: range, count: int, *key: int | str) -> list[int]:
         state = int(_mix(start)[0])
     positions = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(GOLDEN)
     drawn = _mix(positions + np.array([state], dtype=np.uint64))
-    ids = drawn % np.uint64(len(vocab)) + np.uint64(vocab.start)
-    return [int(token) for token in ids.tolist()]
+    ids: list[int] = (drawn % np.uint64(len(vocab)) + np.uint64(vocab.start)).tolist()
+    return ids
 
 
 @dataclass(frozen=True)
