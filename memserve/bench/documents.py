@@ -1,7 +1,7 @@
 """Real documents and questions for `loogle`, in LooGLE's own format.
 
-One JSON object a line, plain or gzip: `{"input": text, "qa_pairs": "[{'Q': question, …}, …]"}`, the pairs
-being a list or a Python literal in a string. The server's /tokenize makes token ids of them.
+One JSON object a line, plain or gzip: `{"input": text, "qa_pairs": "[{'Q': question, …}, …]"}`, the
+pairs being a list or a Python literal in a string. The server's /tokenize makes token ids of them.
 """
 
 import ast

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 
@@ -80,7 +80,7 @@ def parse_metrics(text: str) -> list[Metric]:
 def _metric(name: str) -> Metric:
     if (found := name.strip().lower()) not in METRICS:
         raise UsageError(f"no latency {name!r}: there are {', '.join(METRICS)}")
-    return cast(Metric, found)
+    return found
 
 
 def _parse_percentiles(text: str) -> list[float]:

@@ -107,7 +107,7 @@ def _server(result: Result) -> list[str]:
         ),
         title("Server: Counters"),
         *(
-            line(f"{name.replace('_', ' ')}:", round(value) if value.is_integer() else value)
+            line(f"{name.replace('_', ' ')}:", value if value % 1 else round(value))
             for name, value in sorted(result.server.counters.items())
             if value
         ),

@@ -75,9 +75,7 @@ async def bench_serve(
         )
         await _warm_up(client, workload, options.num_warmups)
         before = await look(http) if options.num_warmups == 0 else await settled_look(http)
-        load = Load(
-            client, workload.vocab, max_concurrency=options.max_concurrency, on_end=on_end
-        )
+        load = Load(client, workload.vocab, max_concurrency=options.max_concurrency, on_end=on_end)
         record = await load.run(make_sessions(workload, documents))
         after = await settled_look(http)
     server: ServerFigures | None = between(before, after) if before and after else None
