@@ -34,7 +34,13 @@ class ServeConfig:
     host: str = _flag("127.0.0.1", "Address to listen on.")
     port: int = _flag(8000, "Port to listen on; 0 takes a free one.")
     served_model_name: str | None = _flag(None, "Name in the API [default: the model's own].")
-    api_key: str | None = _flag(None, "Key that clients must send as a bearer token.")
+    api_key: str | None = _flag(
+        None, "Key that clients must send as a bearer token; several with commas between."
+    )
+    api_key_file: str | None = _flag(None, "File with further API keys, one a line.")
+    admin_api_key: str | None = _flag(
+        None, "Key for /admin and /reset_prefix_cache, which then take no other."
+    )
     prefill: int | None = _flag(None, "Number of prefill workers.")
     decode: int | None = _flag(None, "Number of decode workers.")
     mixed: int | None = _flag(None, "Number of workers that prefill and decode.")

@@ -10,7 +10,7 @@ import math
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,6 +150,7 @@ async def serving(
     can't serve.
     """
     tokenizer = Tokenizer(prepared, chat_template=read_template(config.chat_template))
+    keys = read_keys(config)
     with listen(config.host, config.port) as sock:
         plans = plan_instances(config, prepared)
         cluster = Cluster(plans, max_num_queued_reqs=config.max_num_queued_reqs, policy=policy)
@@ -159,7 +160,8 @@ async def serving(
                 max_model_len=servable_length(plans[0].engine, cluster),
                 vocab_size=prepared.vocab_size,
                 seed=config.seed,
-                api_key=config.api_key,
+                api_keys=keys,
+                admin_api_key=config.admin_api_key,
             )
             app = create_app(cluster, tokenizer, settings)
             runner = web.AppRunner(
@@ -226,7 +228,11 @@ async def _serve(config: ServeConfig, prepared: PreparedModel) -> None:
 
 def announce(server: Server, config: ServeConfig) -> None:
     """Tell the operator where the server is, with a command that works."""
-    key = " -H 'Authorization: Bearer $MEMSERVE_API_KEY'" if config.api_key else ""
+    key = (
+        " -H 'Authorization: Bearer $MEMSERVE_API_KEY'"
+        if config.api_key or config.api_key_file
+        else ""
+    )
     body = f'{{"model": "{server.model_name}", "messages": [{{"role": "user", "content": "Hi!"}}]}}'
     curl = (
         f"curl {server.url}/v1/chat/completions{key} "
@@ -234,6 +240,30 @@ def announce(server: Server, config: ServeConfig) -> None:
     )
     sys.stdout.write(f"memserve serves {server.model_name} at {server.url}\ntry: {curl}\n")
     sys.stdout.flush()
+
+
+def read_keys(config: ServeConfig) -> tuple[str, ...]:
+    """The API keys of the flag and of the file; raises `UsageError` if one was given and has none."""
+    keys: list[str] = []
+    if config.api_key is not None:
+        keys += parse_keys(config.api_key.split(","), "--api-key")
+    if config.api_key_file is not None:
+        try:
+            lines = Path(config.api_key_file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"can't read the API keys: {error}") from None
+        keys += parse_keys(lines, config.api_key_file)
+    if config.admin_api_key is not None and not config.admin_api_key.strip():
+        raise UsageError("--admin-api-key is empty")
+    return tuple(dict.fromkeys(keys))
+
+
+def parse_keys(lines: Iterable[str], place: str) -> list[str]:
+    """Keys without the space around them; a server that was to have some must not stand open."""
+    keys = [line.strip() for line in lines if line.strip()]
+    if not keys:
+        raise UsageError(f"{place} holds no API key")
+    return keys
 
 
 def read_template(path: str | None) -> str | None:

@@ -10,9 +10,7 @@ once. Starting the cluster, and listening, are the caller's.
     GET  /health     200, or 503 with the reasons
     GET  /metrics    Prometheus
     POST /reset_prefix_cache
-    GET  /admin/pool the instances' books, recounted
-    POST /admin/instances                 ?role=mixed: start one more
-    POST /admin/instances/{number}/drain  let one leave; its history goes to the others
+    /admin/...                                        memserve.frontend.admin
 """
 
 import itertools
@@ -21,10 +19,11 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from memserve import __version__
-from memserve.errors import Overloaded
+from memserve.frontend.admin import admin_routes
 from memserve.frontend.completions import create_chat_completion, create_completion, read
+from memserve.frontend.keys import require_keys
 from memserve.frontend.metrics import Metrics
-from memserve.frontend.middleware import answer_errors, require_api_key, send_request_id
+from memserve.frontend.middleware import answer_errors, send_request_id
 from memserve.frontend.service import (
     FRONTEND,
     Frontend,
@@ -42,9 +41,10 @@ from memserve.tokens import Tokenizer
 
 def create_app(service: Service, tokenizer: Tokenizer, settings: ServerSettings) -> web.Application:
     """The application that serves `service`; to be run with `handler_cancellation=True`."""
-    middlewares: list[Middleware] = [answer_errors]
-    if settings.api_key is not None:
-        middlewares.append(require_api_key(settings.api_key))
+    middlewares: list[Middleware] = [
+        answer_errors,
+        require_keys(settings.api_keys, settings.admin_api_key),
+    ]
     app = web.Application(middlewares=middlewares, client_max_size=settings.max_body_bytes)
     memo = ChatMemo(settings.chat_memo_bytes)
     app[FRONTEND] = Frontend(
@@ -79,9 +79,7 @@ def create_app(service: Service, tokenizer: Tokenizer, settings: ServerSettings)
             web.get("/version", version),
             web.get("/metrics", metrics),
             web.post("/reset_prefix_cache", reset_prefix_cache),
-            web.get("/admin/pool", inspect_pool),
-            web.post("/admin/instances", join_instance),
-            web.post("/admin/instances/{number:[0-9]+}/drain", drain_instance),
+            *admin_routes(),
         ]
     )
     return app
@@ -158,33 +156,3 @@ async def reset_prefix_cache(request: web.Request) -> web.Response:
     """POST /reset_prefix_cache: drop every historical block that no request is using."""
     request.app[FRONTEND].service.reset_prefix_cache()
     return json_response({})
-
-
-async def inspect_pool(request: web.Request) -> web.Response:
-    """GET /admin/pool: what each instance finds when it recounts its books."""
-    try:
-        reports = await request.app[FRONTEND].service.inspect()
-    except TimeoutError:
-        raise Overloaded("an instance did not answer in time") from None
-    instances = [
-        {
-            "name": report.name,
-            "stats": report.inspection.stats,
-            "problems": report.inspection.problems,
-        }
-        for report in reports
-    ]
-    return json_response({"instances": instances})
-
-
-async def join_instance(request: web.Request) -> web.Response:
-    """POST /admin/instances?role=...: start one more instance of this role."""
-    name = await request.app[FRONTEND].service.join(request.query.get("role", "mixed"))
-    return json_response({"name": name})
-
-
-async def drain_instance(request: web.Request) -> web.Response:
-    """POST /admin/instances/{number}/drain: returns when the instance has left."""
-    number = int(request.match_info["number"])
-    num_blocks = await request.app[FRONTEND].service.drain(number)
-    return json_response({"moved_blocks": num_blocks})

@@ -10,7 +10,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from memserve.errors import NotFound, RequestError, RequestFailed
+from memserve.errors import InvalidRequest, NotFound, RequestError, RequestFailed
 from memserve.generation import ChoiceToken, Generation
 from memserve.messages import EngineStats, Inspection, TokenEvent
 from memserve.model import prepared
@@ -109,6 +109,12 @@ class FakeInstance:
     number: int
     role: str
     stats: EngineStats = field(default_factory=EngineStats)
+    epoch: int = 1
+    leaving: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.role}-{self.number}"
 
 
 @dataclass
@@ -191,6 +197,13 @@ class ScriptedGenerator:
 
     async def join(self, role: str) -> str:
         return f"{role}-2"
+
+    def set_role(self, number: int, role: str) -> None:
+        if number > 1:
+            raise NotFound(f"there is no instance {number}")
+        if role not in ("prefill", "decode", "mixed"):
+            raise InvalidRequest("role must be one of prefill, decode, mixed", param="role")
+        self.instances[number].role = role
 
     async def _tokens(self, generation: Generation) -> AsyncIterator[ChoiceToken]:
         running = {

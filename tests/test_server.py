@@ -78,13 +78,18 @@ class Served:
 
 @contextlib.asynccontextmanager
 async def serve(
-    tokenizer: Tokenizer, generator: ScriptedGenerator, *, api_key: str | None = None
+    tokenizer: Tokenizer,
+    generator: ScriptedGenerator,
+    *,
+    api_keys: tuple[str, ...] = (),
+    admin: str | None = None,
 ) -> AsyncIterator[Served]:
     settings = ServerSettings(
         model_name=MODEL,
         max_model_len=MAX_MODEL_LEN,
         vocab_size=VOCAB_SIZE,
-        api_key=api_key,
+        api_keys=api_keys,
+        admin_api_key=admin,
         max_body_bytes=100_000,
     )
     app = create_app(generator, tokenizer, settings)
@@ -94,7 +99,9 @@ async def serve(
     await site.start()
     port = runner.addresses[0][1]
     url = f"http://127.0.0.1:{port}"
-    client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=api_key or "none", max_retries=0)
+    client = openai.AsyncOpenAI(
+        base_url=f"{url}/v1", api_key=api_keys[0] if api_keys else "none", max_retries=0
+    )
     try:
         async with aiohttp.ClientSession() as http, client:
             yield Served(generator, url, port, http, client)
@@ -826,14 +833,33 @@ async def test_instances_join_and_leave_on_command(served: Served) -> None:
         assert await response.json() == {"name": "prefill-2"}
     async with served.http.post(served.url + "/admin/instances/1/drain") as response:
         assert await response.json() == {"moved_blocks": 7}
+    async with served.http.delete(served.url + "/admin/instances/1") as response:
+        assert await response.json() == {"moved_blocks": 7}
     async with served.http.post(served.url + "/admin/instances/9/drain") as response:
         assert response.status == 404
+
+
+async def test_instances_are_shown_with_their_load_and_get_other_roles(served: Served) -> None:
+    async with served.http.get(served.url + "/admin/instances") as response:
+        (_, second) = (await response.json())["instances"]
+    assert (second["number"], second["name"], second["role"]) == (1, "decode-1", "decode")
+    assert (second["epoch"], second["leaving"], second["num_running"]) == (1, False, 3)
+    assert second["kv_cache_usage"] == 0.3
+    assert second["hbm"]["historical"] == 3
+    assert second["dram"] is None
+    async with served.http.post(served.url + "/admin/instances/1/role?role=mixed") as response:
+        assert (await response.json())["name"] == "mixed-1"
+    for path, status in (("9/role?role=mixed", 404), ("1/role?role=boss", 400), ("1/role", 400)):
+        async with served.http.post(served.url + "/admin/instances/" + path) as response:
+            assert response.status == status
+            error = (await response.json())["error"]
+            assert error["param"] == (None if status == 404 else "role")
 
 
 async def test_only_the_key_opens_the_server(
     tokenizer: Tokenizer, generator: ScriptedGenerator
 ) -> None:
-    async with serve(tokenizer, generator, api_key="sésame") as served:
+    async with serve(tokenizer, generator, api_keys=("sésame",)) as served:
         good = {"Authorization": "Bearer sésame"}
         for headers, status in [
             ({}, 401),
@@ -849,6 +875,51 @@ async def test_only_the_key_opens_the_server(
             assert response.status == 401
         async with served.http.get(served.url + "/health") as response:
             assert response.status == 200
+
+
+async def asked(served: Served, method: str, path: str, key: str | None) -> int:
+    """The status of a request with this key."""
+    headers = {} if key is None else {"Authorization": f"bearer  {key}"}
+    async with served.http.request(method, served.url + path, headers=headers) as response:
+        await response.read()
+        return response.status
+
+
+async def test_each_of_several_keys_opens_the_server_as_a_tenant_of_its_own(
+    tokenizer: Tokenizer, generator: ScriptedGenerator
+) -> None:
+    async with serve(tokenizer, generator, api_keys=("one", "two")) as served:
+        for key, status in (("one", 200), ("two", 200), ("tw", 401), ("one,two", 401), ("", 401)):
+            assert await asked(served, "GET", "/v1/models", key) == status
+        for key in ("two", "one", "two"):
+            headers = {"Authorization": f"Bearer {key}"}
+            body = {"prompt": "a", "user": "u"}
+            async with served.http.post(
+                served.url + COMPLETIONS, json=body, headers=headers
+            ) as response:
+                assert response.status == 200
+    tenants = [generation.tenant for generation in generator.generations]
+    assert tenants == ["key 1", "key 0", "key 1"]
+
+
+@pytest.mark.parametrize("api_keys", [(), ("client",)])
+async def test_the_administration_has_its_own_key_where_there_is_one(
+    tokenizer: Tokenizer, generator: ScriptedGenerator, api_keys: tuple[str, ...]
+) -> None:
+    async with serve(tokenizer, generator, api_keys=api_keys, admin="boss") as served:
+        for method, path in (
+            ("GET", "/admin/pool"),
+            ("GET", "/admin/instances"),
+            ("DELETE", "/admin/instances/1"),
+            ("POST", "/reset_prefix_cache"),
+        ):
+            for key, status in ((None, 401), ("client", 401), ("boss", 200)):
+                assert await asked(served, method, path, key) == status
+        assert await asked(served, "GET", "/admin/nothing", None) == 401
+        assert await asked(served, "GET", "/v1/models", "client") == 200
+        assert await asked(served, "GET", "/v1/models", "boss") == (401 if api_keys else 200)
+        assert await asked(served, "GET", "/v1/models", None) == (401 if api_keys else 200)
+        assert await asked(served, "GET", "/health", None) == 200
 
 
 async def test_equal_request_ids_of_two_clients_do_not_meet(served: Served) -> None:

@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, assert_never
 
-from memserve.cluster.elastic import drain, join
+from memserve.cluster.elastic import drain, join, set_role
 from memserve.cluster.instance import Instance, InstancePlan, Spawn, spawn_process
 from memserve.cluster.membership import Membership
 from memserve.cluster.questions import Questions
@@ -183,6 +183,10 @@ class Cluster:
     async def join(self, role: str) -> str:
         """See `memserve.cluster.elastic.join`."""
         return await join(self, role)
+
+    def set_role(self, number: int, role: str) -> None:
+        """See `memserve.cluster.elastic.set_role`."""
+        set_role(self, number, role)
 
     async def add(self, plan: InstancePlan) -> Instance:
         """Start one more worker and let it serve. Raises `UsageError` if it can't start."""

@@ -137,6 +137,25 @@ async def join(cluster: Members, role: str) -> str:
         raise RequestFailed(str(error)) from None
 
 
+def set_role(cluster: Members, number: int, role: str) -> None:
+    """Change what new requests are sent to an instance; those that it has end where they are.
+
+    Raises NotFound, InvalidRequest for an unknown role, or if nobody would prefill or decode.
+    """
+    instance = next((one for one in cluster.instances if one.number == number), None)
+    if instance is None:
+        raise NotFound(f"there is no instance {number}")
+    if role not in [*map(str, Role)]:
+        raise InvalidRequest(f"role must be one of {', '.join(Role)}", param="role")
+    others = [one for one in cluster.instances if one is not instance and not one.leaving]
+    roles = [Role(role), *(one.role for one in others)]
+    if not any(each.prefills for each in roles) or not any(each.decodes for each in roles):
+        raise InvalidRequest(
+            f"with {instance.name} as {role} nobody would prefill, or nobody decode"
+        )
+    instance.load.role = Role(role)
+
+
 async def move_history(
     pool: RemotePool,
     source: int,

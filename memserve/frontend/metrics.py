@@ -47,6 +47,21 @@ class InstanceView(Protocol):
         ...
 
     @property
+    def name(self) -> str:
+        """Name for people, such as `prefill-0`."""
+        ...
+
+    @property
+    def epoch(self) -> int:
+        """Counts its lives."""
+        ...
+
+    @property
+    def leaving(self) -> bool:
+        """Whether it gets no new work."""
+        ...
+
+    @property
     def role(self) -> str:
         """What the scheduler sends to it; label `role`."""
         ...

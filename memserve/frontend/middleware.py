@@ -1,13 +1,12 @@
-"""What happens to every request: its id, its key, and errors in OpenAI's shape."""
+"""What happens to every request: its id, its caller, and errors in OpenAI's shape."""
 
-import hmac
 import logging
 import math
 import uuid
 from http import HTTPStatus
 
 from aiohttp import ClientConnectionResetError, web
-from aiohttp.typedefs import Handler, Middleware
+from aiohttp.typedefs import Handler
 
 from memserve.errors import (
     BodyTooLarge,
@@ -16,8 +15,8 @@ from memserve.errors import (
     Overloaded,
     RequestError,
     RequestFailed,
-    Unauthorized,
 )
+from memserve.frontend.keys import TENANT
 from memserve.frontend.service import json_response
 from memserve.openai.plan import REQUEST_ID, Caller
 from memserve.openai.responses import error_body
@@ -27,9 +26,6 @@ logger = logging.getLogger(__name__)
 REQUEST_ID_HEADER = "X-Request-Id"
 SESSION_HEADER = "X-Session-Id"
 REQUEST_KEY = web.RequestKey("REQUEST_KEY", str)
-OPEN_PATHS = frozenset({"/health"})
-"""What answers without an API key."""
-
 MIN_RETRY_AFTER_S = 1
 MAX_RETRY_AFTER_S = 60
 
@@ -48,6 +44,7 @@ def caller(request: web.Request) -> Caller:
     return Caller(
         request_id=request_id(request),
         session=session if REQUEST_ID.fullmatch(session) else "",
+        tenant=request.get(TENANT, ""),
     )
 
 
@@ -89,25 +86,6 @@ def _whole_seconds(retry_after: float | None) -> int:
     """The value of a `Retry-After` header: whole seconds, at least one, and not for ever."""
     seconds = min(retry_after or MIN_RETRY_AFTER_S, MAX_RETRY_AFTER_S)
     return max(math.ceil(seconds), MIN_RETRY_AFTER_S)
-
-
-def require_api_key(api_key: str) -> Middleware:
-    """A middleware that lets only requests with `Authorization: Bearer <api_key>` pass."""
-    expected = api_key.encode()
-
-    @web.middleware
-    async def check_api_key(request: web.Request, handler: Handler) -> web.StreamResponse:
-        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-        token = given.strip().encode("utf-8", "surrogateescape")
-        known = scheme.lower() == "bearer" and hmac.compare_digest(token, expected)
-        if not known and request.path not in OPEN_PATHS:
-            raise Unauthorized(
-                "The API key is missing or wrong: send it as `Authorization: Bearer KEY`.",
-                code="invalid_api_key",
-            )
-        return await handler(request)
-
-    return check_api_key
 
 
 def _translate(request: web.Request, error: web.HTTPException) -> RequestError:

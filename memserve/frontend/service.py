@@ -75,6 +75,10 @@ class Service(Generator, Protocol):
         """Start one more instance of this role; its name."""
         ...
 
+    def set_role(self, number: int, role: str) -> None:
+        """Change what new requests are sent to an instance. Raises NotFound, InvalidRequest."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings:
@@ -84,7 +88,8 @@ class ServerSettings:
     max_model_len: int
     vocab_size: int
     seed: int = 0
-    api_key: str | None = None
+    api_keys: tuple[str, ...] = ()
+    admin_api_key: str | None = None
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
     chat_memo_bytes: int = DEFAULT_CHAT_MEMO_BYTES
 

@@ -1,0 +1,97 @@
+"""The handlers of /admin: what the instances are doing, and who they are.
+
+GET    /admin/pool                        their books, recounted by themselves
+GET    /admin/instances                   all of them, with their load
+POST   /admin/instances?role=mixed        start one more
+POST   /admin/instances/{n}/role?role=... what new requests are sent to it
+POST   /admin/instances/{n}/drain         let it leave; its history goes to the others
+DELETE /admin/instances/{n}               the same
+"""
+
+from typing import Any
+
+from aiohttp import web
+
+from memserve.errors import InvalidRequest, Overloaded
+from memserve.frontend.metrics import InstanceView, kv_cache_usage
+from memserve.frontend.service import FRONTEND, json_response
+
+INSTANCE = "/admin/instances/{number:[0-9]{1,9}}"
+
+
+def admin_routes() -> list[web.RouteDef]:
+    """The routes of /admin."""
+    return [
+        web.get("/admin/pool", inspect_pool),
+        web.get("/admin/instances", list_instances),
+        web.post("/admin/instances", join_instance),
+        web.post(INSTANCE + "/role", set_role),
+        web.post(INSTANCE + "/drain", drain_instance),
+        web.delete(INSTANCE, drain_instance),
+    ]
+
+
+async def inspect_pool(request: web.Request) -> web.Response:
+    """GET /admin/pool: what each instance finds when it recounts its books."""
+    try:
+        reports = await request.app[FRONTEND].service.inspect()
+    except TimeoutError:
+        raise Overloaded("an instance did not answer in time") from None
+    instances = [
+        {
+            "name": report.name,
+            "stats": report.inspection.stats,
+            "problems": report.inspection.problems,
+        }
+        for report in reports
+    ]
+    return json_response({"instances": instances})
+
+
+async def list_instances(request: web.Request) -> web.Response:
+    """GET /admin/instances: the instances by their latest heartbeat."""
+    instances = request.app[FRONTEND].service.instances
+    return json_response({"instances": [_shown(instance) for instance in instances]})
+
+
+async def join_instance(request: web.Request) -> web.Response:
+    """POST /admin/instances?role=...: start one more instance of this role."""
+    name = await request.app[FRONTEND].service.join(request.query.get("role", "mixed"))
+    return json_response({"name": name})
+
+
+async def set_role(request: web.Request) -> web.Response:
+    """POST /admin/instances/{number}/role?role=...: send it other work from now on."""
+    number, service = _number(request), request.app[FRONTEND].service
+    if "role" not in request.query:
+        raise InvalidRequest("`role` is required: ?role=prefill, decode or mixed.", param="role")
+    service.set_role(number, request.query["role"])
+    (changed,) = (instance for instance in service.instances if instance.number == number)
+    return json_response(_shown(changed))
+
+
+async def drain_instance(request: web.Request) -> web.Response:
+    """POST /admin/instances/{number}/drain: returns when the instance has left."""
+    num_blocks = await request.app[FRONTEND].service.drain(_number(request))
+    return json_response({"moved_blocks": num_blocks})
+
+
+def _number(request: web.Request) -> int:
+    return int(request.match_info["number"])
+
+
+def _shown(instance: InstanceView) -> dict[str, Any]:
+    stats = instance.stats
+    return {
+        "number": instance.number,
+        "name": instance.name,
+        "role": instance.role,
+        "epoch": instance.epoch,
+        "leaving": instance.leaving,
+        "num_running": stats.num_running,
+        "num_waiting": stats.num_waiting,
+        "num_incoming": stats.num_incoming,
+        "kv_cache_usage": kv_cache_usage(stats),
+        "hbm": stats.hbm,
+        "dram": stats.dram,
+    }
