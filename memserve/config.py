@@ -80,8 +80,9 @@ class ServeConfig:
     )
     transfer_granularity: str = _flag(
         "chunk",
-        "When a prompt's KV goes to its decode worker: with each computed chunk, or at the end.",
-        choices=("chunk", "request"),
+        "When a prompt's KV goes to its decode worker: with each computed chunk, at the end, or layer "
+        "by layer while a chunk is computed.",
+        choices=("chunk", "request", "layer"),
     )
     chat_template: str | None = _flag(None, "File with a Jinja chat template to use instead.")
     seed: int = _flag(0, "Base of the seeds given to requests that bring none.")
@@ -107,7 +108,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_num_batched_tokens: int
     handover_timeout: float
     transfer_granularity: str = "chunk"
-    """`chunk` or `request`: when the blocks of a prompt are published to its decode instance."""
+    """`chunk`, `request` or `layer`: when a prompt's blocks are published to its decode instance."""
     num_threads: int
     log_level: str
 

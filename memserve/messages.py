@@ -192,13 +192,15 @@ class Published(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """Prompt blocks that are complete, for the decode instance to pull.
 
     `refs` are the blocks from number `first_block` of the sequence on. `first_token` comes with the
-    last of them.
+    last of them. With a `step` (not 0) they are not complete yet: that step of the sender is about to
+    write what they lack, and a reader may follow it layer by layer (`memserve.pool.progress`).
     """
 
     ticket: int
     first_block: int
     refs: list[BlockRef]
     first_token: int | None = None
+    step: int = 0
 
 
 class Pulled(msgspec.Struct, frozen=True, tag=True):
@@ -248,7 +250,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_cached_tokens: int = 0
     num_queried_tokens: int = 0
     num_pulls: int = 0
-    """Copies started for handovers; each may be of many blocks."""
+    """Copies started for handovers, each of many blocks; by layer one for each layer."""
     num_pulled_blocks: int = 0
     num_pulled_bytes: int = 0
     num_failed_pulls: int = 0

@@ -70,6 +70,7 @@ class EngineSubject:
             start_swap=_no_peer,
             start_pull=_no_peer,
             start_fetch=_no_peer,
+            progress=None,
             map_peer=_no_peer,
             copy_within=_no_peer,
             samples=Samples(),

@@ -136,6 +136,7 @@ class FusedDecoder:
             None if layer.key_norm is None else layer.key_norm.data_ptr(),
             self._epsilon,
         )
+        batch.wrote(index)
         heads, width = native.num_query_heads, native.head_dim
         output = qkv.new_empty(qkv.shape[0], heads * width)
         query = qkv[:, : heads * width]

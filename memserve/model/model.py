@@ -13,7 +13,7 @@ from memserve.model.attention.interface import IMPLEMENTATION, register
 from memserve.model.attention.paged import PagedAttention, PagedBatch
 from memserve.model.linear import Linears
 from memserve.model.spec import ModelSpec
-from memserve.model.step import StepInput
+from memserve.model.step import LayerWritten, StepInput
 
 
 class Network(Protocol):
@@ -60,10 +60,12 @@ class Model:
         return self._attention.name
 
     @torch.inference_mode()
-    def forward(self, step: StepInput, arena: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, step: StepInput, arena: torch.Tensor, written: LayerWritten | None = None
+    ) -> torch.Tensor:
         """Logits float32 [N, vocab_size] of `step.output_rows`; writes the step's K and V.
 
         `arena` is [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim] of the spec's
-        dtype, each block contiguous.
+        dtype, each block contiguous. `written` is told of each layer before its attention.
         """
-        return self._network.forward(self._attention.begin(step, arena)).float()
+        return self._network.forward(self._attention.begin(step, arena, written)).float()

@@ -4,9 +4,13 @@ Values only. A sequence's slice is a chunk of its prompt or its newest token; th
 difference between them, and nothing here does.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+LayerWritten = Callable[[int], None]
+"""Told, during a step, for how many layers (from the first on) all of its K and V are in the arena."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,17 +74,17 @@ static int copy_block(char *destination, const char *source, size_t num_bytes,
     return atomic_load_explicit(generation, memory_order_seq_cst) == expected;
 }
 
-/* Copies n blocks of block_bytes each. ok[i] = 1 if source block i had the expected generation
- * before and after its copy; otherwise the destination block holds bytes of no meaning. Returns the
- * number of blocks copied whole. */
+/* Copies num_bytes of each of n blocks, which lie block_bytes apart: all of a block, or one layer of it
+ * if source and destination point there. ok[i] = 1 if source block i had the expected generation before
+ * and after its copy; otherwise what was copied has no meaning. Returns the number of ones. */
 int64_t memserve_copy_blocks(char *destination, const int64_t *destination_blocks,
                              const char *source, const int64_t *source_blocks,
                              const generation_t *table, const uint32_t *expected, int64_t n,
-                             int64_t block_bytes, uint8_t *ok) {
+                             int64_t block_bytes, int64_t num_bytes, uint8_t *ok) {
     int64_t num_ok = 0;
     for (int64_t i = 0; i < n; i++) {
         ok[i] = (uint8_t)copy_block(destination + destination_blocks[i] * block_bytes,
-                                    source + source_blocks[i] * block_bytes, (size_t)block_bytes,
+                                    source + source_blocks[i] * block_bytes, (size_t)num_bytes,
                                     (generation_t *)&table[source_blocks[i]], expected[i]);
         num_ok += ok[i];
     }

@@ -19,7 +19,13 @@ import torch
 from memserve.errors import UsageError
 from memserve.machine import available_memory
 from memserve.pool.generations import GenerationTable, NativeBlocks
-from memserve.pool.header import GENERATIONS_OFFSET, blocks_offset, pack_header, total_bytes
+from memserve.pool.header import (
+    GENERATIONS_OFFSET,
+    PROGRESS_OFFSET,
+    blocks_offset,
+    pack_header,
+    total_bytes,
+)
 from memserve.pool.refs import ArenaDescriptor, ArenaLayout, Tier
 
 logger = logging.getLogger(__name__)
@@ -38,7 +44,8 @@ class Arena:
     `tensor` is [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim] of the layout's
     dtype, zero at first; K stands at index 0 of the third dimension, V at 1. If the layout's encoding
     is int8, it is uint8 [num_blocks, block_bytes] (see `memserve.pool.int8`). `generations` counts the
-    contents of each block. `address` is where block 0 lies in this process.
+    contents of each block. `address` is where block 0 lies in this process. `progress_word` is for
+    `memserve.pool.progress`.
 
     Raises UsageError, with what to lower, if the machine lacks the memory.
     """
@@ -79,6 +86,9 @@ class Arena:
             self._map, dtype=np.uint32, count=layout.num_blocks, offset=GENERATIONS_OFFSET
         )
         self.generations = GenerationTable(table, native)
+        self.progress_word = np.frombuffer(
+            self._map, dtype=np.uint64, count=1, offset=PROGRESS_OFFSET
+        )
         self.address: int = self.tensor.data_ptr()
         logger.info(
             "arena of %d blocks, %.2f GiB (instance %d, epoch %d, tier %s, %s)",
@@ -98,7 +108,7 @@ class Arena:
         self.fd = -1
         # The map goes with the last view of it that anybody holds. Closing it here would pull the
         # memory from under those views: a tensor made by `frombuffer` doesn't guard against that.
-        del self.tensor, self.generations, self._map
+        del self.tensor, self.generations, self.progress_word, self._map
 
 
 def _reserve(fd: int, size: int) -> mmap.mmap:

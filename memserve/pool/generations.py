@@ -34,7 +34,7 @@ class NativeBlocks:
         self._copy = library.memserve_copy_blocks
         self._copy.argtypes = [
             *(pointer, pointer, pointer, pointer, pointer, pointer),
-            *(number, number, pointer),
+            *(number, number, number, pointer),
         ]
         self._copy.restype = number
         self._move = library.memserve_move_blocks
@@ -61,8 +61,12 @@ class NativeBlocks:
         table: int,
         expected: Uint32s,
         block_bytes: int,
+        num_bytes: int,
     ) -> list[bool]:
         """Copy blocks between the arenas at these addresses; whether each copy may be used.
+
+        Of each block, `num_bytes` are copied: all, or the part that the two addresses point to in
+        block 0.
 
         A copy may be used if its source had the expected generation before and after it. The block
         numbers must be within the arenas: nothing is checked here.
@@ -77,6 +81,7 @@ class NativeBlocks:
             expected.ctypes.data,
             len(source_blocks),
             block_bytes,
+            num_bytes,
             ok.ctypes.data,
         )
         return [bool(flag) for flag in ok.tolist()]

@@ -2,6 +2,8 @@
 
     [header, one page][generations, uint32 per block, whole pages][blocks, page-aligned]
 
+The header's page also holds the word of `memserve.pool.progress`.
+
 Numbers are little-endian. No torch here.
 """
 
@@ -12,10 +14,13 @@ from memserve.pool.refs import ArenaDescriptor, ArenaLayout
 
 PAGE_BYTES = 4096
 MAGIC = b"MSRVKV\r\n"
-VERSION = 1
+VERSION = 2
 
 # magic, version, tier, instance, epoch, layout digest, total bytes
 _HEADER = struct.Struct("<8sIIQQ16sQ")
+
+PROGRESS_OFFSET = 128
+"""Byte offset of the progress word, 8 bytes on a cache line of their own."""
 
 GENERATIONS_OFFSET = PAGE_BYTES
 

@@ -1,17 +1,22 @@
 """The copy thread: pulls blocks out of other arenas while the engine computes.
 
-One thread, one copy after another, in the order asked. Blocks are marked as in flight before a copy
-is asked for, and unmarked when its end (`CopyDone`, `PullDone`, `SwapDone`, `FetchDone`) arrives at
-the inbox, whatever became of the request. What is handed over is kept by its owner until the handover
-is settled (a lease), or withdrawn, which changes its generation; what is fetched is kept by nobody,
-and verified all the same. An error of our own ends in `CopyFailed`, never in silence.
+One thread, one copy after another, in the order asked. A copy by layer mostly waits for its source to
+compute, so such copies have threads of their own, as many as sources may be waited for at once.
+
+Blocks are marked as in flight before a copy is asked for, and unmarked when its end (`CopyDone`,
+`PullDone`, `SwapDone`, `FetchDone`) arrives at the inbox, whatever became of the request. What is
+handed over is kept by its owner until the handover is settled (a lease), or withdrawn, which changes
+its generation; what is fetched is kept by nobody, and verified all the same. An error of our own ends
+in `CopyFailed`, never in silence.
 """
 
 import logging
 import queue
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import groupby
 from operator import attrgetter
 
@@ -29,9 +34,18 @@ logger = logging.getLogger(__name__)
 
 BY_ARENA = attrgetter("instance", "epoch", "tier")
 
+NUM_FOLLOWERS = 4
+"""Most copies by layer at a time; a further one starts later, and finds more layers written."""
+
+GLANCE_S = 0.05
+"""How soon a copy by layer notices that the worker is leaving."""
+
 
 class Copier:
-    """Runs pulls and swaps on one background thread and reports each to the inbox."""
+    """Runs pulls and swaps in the background and reports each to the inbox.
+
+    `patience`: seconds that a copy by layer waits for one layer before it has failed.
+    """
 
     def __init__(
         self,
@@ -39,16 +53,31 @@ class Copier:
         tiers: TierCopy | None,
         inbox: "queue.SimpleQueue[Event]",
         samples: Samples,
+        *,
+        patience: float,
     ) -> None:
         self._transfer = transfer
         self._tiers = tiers
         self._inbox = inbox
         self._samples = samples
+        self._patience = patience
+        self._closing = threading.Event()
         self._thread = ThreadPoolExecutor(1, "memserve-copy")
+        self._followers = ThreadPoolExecutor(NUM_FOLLOWERS, "memserve-follow")
 
-    def start(self, ticket: int, indexes: list[int], refs: list[BlockRef], into: list[int]) -> None:
-        """Copy `refs` into the local blocks `into`; ends in exactly one `CopyDone`."""
-        self._submit(lambda: self._copy(ticket, indexes, refs, into))
+    def start(
+        self, ticket: int, indexes: list[int], refs: list[BlockRef], into: list[int], step: int
+    ) -> None:
+        """Copy `refs` into the local blocks `into`; ends in exactly one `CopyDone`.
+
+        With a `step` (not 0) they are blocks of one instance that this step of its completes, copied
+        layer by layer as it writes them.
+        """
+        if step:
+            work = partial(self._follow, ticket, indexes, refs, into, step)
+            self._followers.submit(work).add_done_callback(self._report)
+        else:
+            self._submit(lambda: self._copy(ticket, indexes, refs, into))
 
     def start_pull(self, number: int, refs: list[BlockRef], into: list[int], tier: Tier) -> None:
         """Copy `refs` into these blocks of a tier's arena for a pool call; ends in one `PullDone`."""
@@ -63,7 +92,9 @@ class Copier:
         self._submit(lambda: self._swap(swap))
 
     def close(self) -> None:
-        """Wait for the copies under way."""
+        """Wait for the copies under way; those that wait for a layer fail."""
+        self._closing.set()
+        self._followers.shutdown()
         self._thread.shutdown()
 
     def _submit(self, work: Callable[[], None]) -> None:
@@ -76,6 +107,35 @@ class Copier:
 
     def _copy(self, ticket: int, indexes: list[int], refs: list[BlockRef], into: list[int]) -> None:
         self._inbox.put(CopyDone(ticket, indexes, into, self._read(refs, into, Tier.HBM)))
+
+    def _follow(
+        self, ticket: int, indexes: list[int], refs: list[BlockRef], into: list[int], step: int
+    ) -> None:
+        try:
+            whole = self._read_layers(refs, into, step)
+        except PoolError as error:
+            logger.warning("a pull by layer was refused: %s", error)
+            whole = False
+        self._inbox.put(CopyDone(ticket, indexes, into, [whole] * len(refs)))
+
+    def _read_layers(self, refs: list[BlockRef], into: list[int], step: int) -> bool:
+        """Whether every layer was written in time and held the named generations throughout."""
+        for layer in range(self._transfer.num_layers):
+            if not self._await_layer(refs[0], step, layer):
+                return False
+            if not all(self._transfer.read_layer(refs, into, layer)):
+                return False
+        return True
+
+    def _await_layer(self, ref: BlockRef, step: int, layer: int) -> bool:
+        deadline = time.monotonic() + self._patience
+        while not self._closing.is_set():
+            if self._transfer.wait_for_layer(ref, step, layer, seconds=GLANCE_S):
+                return True
+            if time.monotonic() >= deadline:
+                logger.warning("instance %d has not written layer %d in time", ref.instance, layer)
+                return False
+        return False
 
     def _pull(self, number: int, refs: list[BlockRef], into: list[int], tier: Tier) -> None:
         self._inbox.put(PullDone(number, self._read(refs, into, tier)))

@@ -43,7 +43,9 @@ from memserve.messages import (
     Tokens,
 )
 from memserve.model.sampling import Sampled
+from memserve.model.step import LayerWritten
 from memserve.pool.mempool import MemPool
+from memserve.pool.progress import StepProgress
 from memserve.pool.service import PoolService, StartPull
 from memserve.workers.batching import Batcher
 from memserve.workers.calibration import CopyBlocks, calibrate
@@ -73,8 +75,11 @@ HEARTBEAT_S = 1.0
 class StepRunner(Protocol):
     """Computes a step: `memserve.workers.runner.Runner`."""
 
-    def run(self, slices: Items[Slice]) -> list[Sampled]:
-        """Write the KV of all slices; one result for each that samples, in their order."""
+    def run(self, slices: Items[Slice], written: LayerWritten | None = None) -> list[Sampled]:
+        """Write the KV of all slices; one result for each that samples, in their order.
+
+        `written` may be told of the layers as they are written.
+        """
         ...
 
 
@@ -92,6 +97,7 @@ class Engine:
         start_swap: StartSwap,
         start_pull: StartPull,
         start_fetch: StartFetch,
+        progress: StepProgress | None,
         map_peer: Callable[[MapPeer | ReleasePeer], None],
         copy_within: CopyBlocks,
         samples: Samples,
@@ -103,6 +109,7 @@ class Engine:
         self._copy_within = copy_within
         self._samples = samples
         self._feed = IndexFeed(pool, link.send)
+        self._progress = progress
         self._eos_token_ids = frozenset(config.eos_token_ids)
         self._map_peer = map_peer
         self._swapper = Swapper(pool, start_swap)
@@ -126,7 +133,7 @@ class Engine:
             claims,
             self._send,
             timeout=timeout,
-            by_chunk=config.transfer_granularity == "chunk",
+            granularity=config.transfer_granularity,
         )
         self._arrivals = Arrivals(
             pool,
@@ -172,9 +179,19 @@ class Engine:
     def _run(self, slices: list[Slice]) -> None:
         """Compute a step, timed, and record what came out."""
         start = time.perf_counter()
-        sampled = self._runner.run(slices)
+        sampled = self._compute(slices)
         self._samples.add_step(step_sample(slices, time.perf_counter() - start))
         self._absorb(slices, sampled)
+
+    def _compute(self, slices: list[Slice]) -> list[Sampled]:
+        """Run a step; if peers were told that they may follow it, let them."""
+        progress = self._progress
+        if progress is None or not self._departures.announce(slices, progress.next_step):
+            return self._runner.run(slices)
+        progress.begin()
+        sampled = self._runner.run(slices, progress.written)
+        progress.end()
+        return sampled
 
     def _send(self, message: msgspec.Struct) -> None:
         """Send a message, after all that is to be told of the index up to now."""

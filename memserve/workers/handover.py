@@ -9,9 +9,10 @@ Nothing here waits: every call returns at once, deadlines are looked at by `expi
 message never comes, a deadline settles the matter, and the prefill side decodes by itself.
 """
 
+import itertools
 import logging
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -22,14 +23,17 @@ from memserve.pool.refs import BlockRef, Tier
 from memserve.workers.batching import Batcher
 from memserve.workers.claims import Claims
 from memserve.workers.link import CopyDone
-from memserve.workers.sequence import Sequence
+from memserve.workers.sequence import Sequence, Slice
 from memserve.workers.swapping import Swapper
 
 logger = logging.getLogger(__name__)
 
 Send = Callable[[msgspec.Struct], None]
-StartCopy = Callable[[int, list[int], list[BlockRef], list[int]], None]
-"""Copy (ticket, numbers of blocks, their references, into these local blocks) in the background."""
+StartCopy = Callable[[int, list[int], list[BlockRef], list[int], int], None]
+"""Copy (ticket, numbers of blocks, their references, into these local blocks) in the background.
+
+The last argument is the step that completes them, as in `Published`; 0: they are complete.
+"""
 
 
 class Departures:
@@ -43,14 +47,14 @@ class Departures:
         send: Send,
         *,
         timeout: float,
-        by_chunk: bool,
+        granularity: str,
     ) -> None:
         self._pool = pool
         self._batcher = batcher
         self._claims = claims
         self._send = send
         self._timeout = timeout
-        self._by_chunk = by_chunk
+        self._granularity = granularity
         self._leaving: dict[int, tuple[Sequence, float]] = {}
 
     def __len__(self) -> int:
@@ -61,22 +65,36 @@ class Departures:
         """The sequences that wait for their decode instance."""
         return [sequence for sequence, _ in self._leaving.values()]
 
+    def announce(self, slices: Iterable[Slice], step: int) -> bool:
+        """Before a step with this number: tell the decode instances of the blocks that it completes.
+
+        Only by `layer` (the paper's by-layer transfer, §5.2), for which True means that somebody may
+        follow the step. Blocks that are complete already, out of the cache, are published as such.
+        """
+        if self._granularity != "layer":
+            return False
+        size = self._pool.block_size
+        followed = False
+        for part in slices:
+            sequence = part.sequence
+            if sequence.decode_on is not None and sequence.prefilling:
+                self._publish(sequence, sequence.num_computed // size)
+                end = (sequence.num_computed + part.num_tokens) // size
+                followed |= self._publish(sequence, end, step=step)
+        return followed
+
     def publish(self, sequence: Sequence, now: float) -> None:
-        """Tell the decode instance of the blocks that are complete since the last call.
+        """Tell the decode instance of the blocks that are complete and not announced yet.
 
         After the prompt's last chunk (the first token is known then) that includes the block that is
-        not full, and the sequence leaves the batch until `settle`. Unless `by_chunk`, that is the
-        only time (the paper's by-request aggregated transfer, §5.2).
+        not full, and the sequence leaves the batch until `settle`. By `request`, that is the only
+        time (the paper's by-request aggregated transfer, §5.2).
         """
         done = sequence.num_outputs > 0
-        if not done and not self._by_chunk:
-            return
-        end = len(sequence.blocks) if done else sequence.num_computed // self._pool.block_size
-        if end > sequence.num_published or done:
-            refs = self._pool.refs(sequence.blocks[sequence.num_published : end])
-            first_token = sequence.tokens[-1] if done else None
-            self._send(Published(sequence.ticket, sequence.num_published, refs, first_token))
-            sequence.num_published = end
+        if done:
+            self._publish(sequence, len(sequence.blocks), first_token=sequence.tokens[-1])
+        elif self._granularity != "request":
+            self._publish(sequence, sequence.num_computed // self._pool.block_size)
         if done:
             self._batcher.suspend(sequence)
             self._leaving[sequence.ticket] = (sequence, now + 2 * self._timeout)
@@ -107,6 +125,18 @@ class Departures:
                 self._send(Withdrawn(sequence.ticket))
                 self._keep(sequence)
 
+    def _publish(
+        self, sequence: Sequence, end: int, *, first_token: int | None = None, step: int = 0
+    ) -> bool:
+        """Publish the blocks before number `end`; whether there was anything to tell."""
+        start = sequence.num_published
+        if end <= start and first_token is None:
+            return False
+        refs = self._pool.refs(sequence.blocks[start:end])
+        self._send(Published(sequence.ticket, start, refs, first_token, step))
+        sequence.num_published = end
+        return True
+
     def _keep(self, sequence: Sequence) -> None:
         sequence.decode_on = None
         self._batcher.run(sequence)
@@ -131,6 +161,8 @@ class Arrival:
     expect: Expect
     refs: list[BlockRef] = field(default_factory=list)
     """References of the prompt's blocks so far, from its first block on."""
+    steps: list[int] = field(default_factory=list)
+    """For each of them the step of its owner that completes it; 0: it is complete."""
     first_token: int | None = None
     deadline: float | None = None
     """Until when to wait for room; set when the prefill is known to have started."""
@@ -191,6 +223,8 @@ class Arrivals:
             return  # declined or aborted meanwhile
         del arrival.refs[message.first_block :]
         arrival.refs.extend(message.refs)
+        del arrival.steps[message.first_block :]
+        arrival.steps.extend([message.step] * len(message.refs))
         arrival.first_token = message.first_token
         if arrival.deadline is None:
             arrival.deadline = now + self._timeout
@@ -206,7 +240,7 @@ class Arrivals:
         arrival.num_missing -= len(done.indexes)
         if not all(done.verified):
             self.num_failed_pulls += 1
-            self._decline(arrival, "a published block changed before it was read")
+            self._decline(arrival, "a published block changed, or was not written in time")
         else:
             self.num_pulled_blocks += len(done.indexes)
             self._join(arrival)
@@ -256,17 +290,19 @@ class Arrivals:
 
     def _pull(self, arrival: Arrival) -> None:
         """Start copying the published blocks that are neither here nor on their way."""
-        start, end = arrival.num_asked, len(arrival.refs)
-        if start < end:
+        if arrival.num_asked >= len(arrival.refs):
+            self._join(arrival)
+        while arrival.num_asked < len(arrival.refs):
+            start = arrival.num_asked
+            step = arrival.steps[start]
+            end = start + sum(1 for _ in itertools.takewhile(step.__eq__, arrival.steps[start:]))
             into = arrival.blocks[start:end]
             self._pool.begin_io(into)
             arrival.num_asked = end
-            self.num_pulls += 1
+            self.num_pulls += self._pool.descriptor.layout.num_layers if step else 1
             arrival.num_missing += end - start
             ticket = arrival.expect.ticket
-            self._start_copy(ticket, list(range(start, end)), arrival.refs[start:end], into)
-        else:
-            self._join(arrival)
+            self._start_copy(ticket, list(range(start, end)), arrival.refs[start:end], into, step)
 
     def _join(self, arrival: Arrival) -> None:
         """Run the sequence here once all of its prompt is."""

@@ -12,10 +12,12 @@ import msgspec
 
 from memserve.channel import receive_descriptor, send_descriptor
 from memserve.config import EngineConfig
+from memserve.errors import UsageError
 from memserve.messages import MapPeer, ReleasePeer
 from memserve.pool.arena import Arena
 from memserve.pool.generations import load_native_blocks
 from memserve.pool.mempool import MemPool
+from memserve.pool.progress import StepProgress, load_native_progress
 from memserve.pool.refs import ArenaDescriptor, ArenaLayout, Encoding, Tier
 from memserve.pool.transfer.memfd import MemfdTransfer
 from memserve.pool.transfer.tiers import TierCopy
@@ -37,6 +39,9 @@ class WorkerMemory:
         inbox: "queue.SimpleQueue[Event]",
     ) -> None:
         native = load_native_blocks()
+        progress = load_native_progress()
+        if config.transfer_granularity == "layer" and (native is None or progress is None):
+            raise UsageError("--transfer-granularity layer needs a C compiler on this machine")
 
         def arena(tier: Tier, num_bytes: int, encoding: Encoding = "plain") -> Arena:
             one = shape.encoded(encoding)
@@ -50,9 +55,14 @@ class WorkerMemory:
             self.dram = arena(Tier.DRAM, config.dram_cache_bytes, config.dram_cache_encoding)
             tiers = TierCopy(self.hbm, self.dram, native)
         self.pool = MemPool(self.hbm.descriptor, self.hbm.generations, dram=self.dram)
-        self._transfer = MemfdTransfer(self.hbm, native, dram=self.dram)
+        self.progress: StepProgress | None = None
+        if progress is not None:
+            self.progress = StepProgress(self.hbm.progress_word, shape.num_layers, progress)
+        self._transfer = MemfdTransfer(self.hbm, native, dram=self.dram, progress=progress)
         self.samples = Samples()
-        self.copier = Copier(self._transfer, tiers, inbox, self.samples)
+        self.copier = Copier(
+            self._transfer, tiers, inbox, self.samples, patience=config.handover_timeout
+        )
         self._within = TierCopy(self.hbm, self.hbm, native)
 
     @property

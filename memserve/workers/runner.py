@@ -11,7 +11,7 @@ import torch
 
 from memserve.model.model import Model
 from memserve.model.sampling import Sampled, SampleRow, sample
-from memserve.model.step import StepInput
+from memserve.model.step import LayerWritten, StepInput
 from memserve.workers.sequence import Sequence, Slice
 
 
@@ -25,12 +25,13 @@ class Runner:
         self._arena = arena
         self._eos_token_ids = eos_token_ids
 
-    def run(self, slices: Items[Slice]) -> list[Sampled]:
+    def run(self, slices: Items[Slice], written: LayerWritten | None = None) -> list[Sampled]:
         """Write the KV of all slices and sample for those that end at their newest token.
 
-        Returns one `Sampled` per sampling slice, in the order of the slices.
+        Returns one `Sampled` per sampling slice, in the order of the slices. `written` is told of
+        each layer whose KV is written.
         """
-        logits = self._model.forward(step_input(slices), self._arena)
+        logits = self._model.forward(step_input(slices), self._arena, written)
         rows = [sample_row(part.sequence, self._eos_token_ids) for part in slices if part.samples]
         return sample(logits, rows)
 

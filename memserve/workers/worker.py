@@ -65,6 +65,7 @@ def serve(configure: Configure, link: Link, descriptors: socket.socket) -> None:
         start_swap=memory.copier.start_swap,
         start_pull=memory.copier.start_pull,
         start_fetch=memory.copier.start_fetch,
+        progress=memory.progress,
         map_peer=lambda message: memory.map_peer(message, descriptors),
         copy_within=memory.copy_within,
         samples=memory.samples,

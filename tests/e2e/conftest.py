@@ -9,6 +9,7 @@ from tests.e2e.servers import SMALL, ServerProcess, serve
 
 LAYOUTS = {
     "disaggregated": ("--prefill", "1", "--decode", "1"),
+    "by_layer": ("--prefill", "1", "--decode", "1", "--transfer-granularity", "layer"),
     "two_mixed": ("--mixed", "2"),
     "one_mixed": ("--mixed", "1"),
 }

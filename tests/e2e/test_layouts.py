@@ -79,3 +79,11 @@ def test_seeded_sampling_repeats_itself_whatever_runs_beside_it(any_layout: Serv
     alone, together = ask(1), ask(3)
     assert alone[0] == together[0]
     assert len(set(together)) > 1
+
+
+def test_every_handover_has_succeeded(any_layout: ServerProcess) -> None:
+    instances = any_layout.get("/admin/pool")["instances"]
+    stats = [each["stats"] for each in instances]
+    assert [each["num_declined"] + each["num_failed_pulls"] for each in stats] == [0] * len(stats)
+    if any(each["name"].startswith("prefill") for each in instances):
+        assert sum(each["num_handovers"] for each in stats) > 0

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from memserve.model.loading import load_model
 from memserve.model.model import Model
-from tests.model.paging import Arena, assert_same, run_chunks, run_step
+from tests.model.paging import Arena, assert_same, run_chunks, run_step, step_of
 from tests.model.tiny import ARCHITECTURES, VOCAB, WINDOW, build, save
 
 BLOCK = 4
@@ -75,6 +75,22 @@ def test_every_length_around_a_border_is_right(case: Case, length: int) -> None:
     tokens = tokens_of(length, seed=length)
     arena, want = case.load(tokens)
     assert_same(run_chunks(case.model, arena, arena.sequence(tokens), (length,)), want)
+
+
+def test_a_layer_is_reported_once_its_keys_and_values_are_written(case: Case) -> None:
+    arena, _ = case.load(tokens_of(21))
+    sequence = arena.sequence(tokens_of(21))
+    run_step(case.model, arena, [(sequence, 9)])
+    seen: list[torch.Tensor] = []
+    step = step_of([(sequence, 12)])
+    case.model.forward(step, arena.tensor, lambda _: seen.append(arena.tensor.clone()))
+    assert len(seen) == case.model.spec.num_layers
+    after = arena.tensor.nan_to_num(7)
+    for layer, then in enumerate(seen):
+        assert torch.equal(then[:, : layer + 1].nan_to_num(7), after[:, : layer + 1])
+        assert not torch.equal(then[:, layer + 1 :].nan_to_num(7), after[:, layer + 1 :]) or (
+            layer + 1 == len(seen)
+        )
 
 
 def test_packed_sequences_do_not_see_each_other(case: Case) -> None:

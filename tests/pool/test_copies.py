@@ -30,7 +30,9 @@ def test_every_byte_of_a_block_arrives_and_no_other_is_touched(
         if verified:
             address = int(table.ctypes.data)
             ok = native.copy(
-                into, places, blocks.ctypes.data, numbers, address, wanted, block_bytes
+                *(into, places, blocks.ctypes.data, numbers, address, wanted),
+                block_bytes,
+                block_bytes,
             )
             assert ok == [True, True]
         else:

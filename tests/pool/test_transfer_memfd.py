@@ -19,6 +19,7 @@ from memserve.native.build import load_library
 from memserve.pool.arena import Arena
 from memserve.pool.generations import NativeBlocks
 from memserve.pool.mempool import MemPool
+from memserve.pool.progress import load_native_progress
 from memserve.pool.refs import ArenaDescriptor, ArenaLayout, BlockRef, Encoding, Tier
 from memserve.pool.transfer import Transfer
 from memserve.pool.transfer.memfd import MemfdTransfer
@@ -57,7 +58,7 @@ def other() -> Iterator[Arena]:
 
 @pytest.fixture
 def transfer(arena: Arena) -> Transfer:
-    return MemfdTransfer(arena, native_blocks())
+    return MemfdTransfer(arena, native_blocks(), progress=load_native_progress())
 
 
 def filled(arena: Arena) -> tuple[MemPool, list[BlockRef]]:
@@ -117,6 +118,43 @@ def test_a_reference_of_another_epoch_is_refused_before_a_byte_is_touched(
     ):
         with pytest.raises(StaleReference):
             transfer.read([refs[0], stale], [0, 1])
+    assert not arena.tensor.any()
+
+
+def test_of_a_layer_nothing_but_its_keys_and_values_is_copied(
+    arena: Arena, other: Arena, transfer: Transfer
+) -> None:
+    pool, refs = filled(other)
+    transfer.map(other.descriptor, other.fd)
+    other.tensor[:, 0] += 0.5
+    assert transfer.read_layer(refs[2:4], [6, 1], 1) == [True, True]
+    assert torch.equal(arena.tensor[[6, 1], 1], other.tensor[[ref.block for ref in refs[2:4]], 1])
+    written = arena.tensor.flatten(2).any(dim=2).nonzero().tolist()
+    assert written == [[1, 1], [6, 1]]
+    pool.free_mem([refs[2].block])
+    assert transfer.read_layer(refs[2:4], [6, 1], 0) == [False, True]
+
+
+def test_a_layer_that_can_not_be_read_is_refused_before_a_byte_is_touched(
+    arena: Arena, other: Arena, transfer: Transfer
+) -> None:
+    _, refs = filled(other)
+    transfer.map(other.descriptor, other.fd)
+    stale = msgspec.structs.replace(refs[1], epoch=3)
+    for layer in (-1, SMALL.num_layers):
+        with pytest.raises(PoolError, match="2 layers"):
+            transfer.read_layer(refs[:1], [0], layer)
+    with pytest.raises(PoolError, match="outside"):
+        transfer.read_layer(refs[:1], [SMALL.num_blocks], 0)
+    with pytest.raises(StaleReference):
+        transfer.read_layer([refs[0], stale], [0, 1], 0)
+    with pytest.raises(StaleReference):
+        transfer.wait_for_layer(stale, 1, 0, seconds=0)
+    without = MemfdTransfer(arena, None)
+    with pytest.raises(PoolError, match="compiled"):
+        without.read_layer(refs[:1], [0], 0)
+    with pytest.raises(PoolError, match="compiled"):
+        without.wait_for_layer(refs[0], 1, 0, seconds=0)
     assert not arena.tensor.any()
 
 

@@ -81,6 +81,7 @@ class HandEngine:
             start_swap=self.memory.copier.start_swap,
             start_pull=self.memory.copier.start_pull,
             start_fetch=self._start_fetch,
+            progress=self.memory.progress,
             map_peer=self._forget_peer,
             copy_within=self.memory.copy_within,
             samples=self.memory.samples,

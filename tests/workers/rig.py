@@ -1,10 +1,10 @@
 """A cluster whose workers are threads of this process, with an oracle in place of the model.
 
 Everything but the model is real: cluster, channels, engines, arenas, copies. The oracle's "KV" of a
-token is a fingerprint of the whole prefix that ends with it; before it computes a token it checks
-that every earlier position holds the right fingerprint, so a wrong, stale or torn block anywhere
-fails the test. The next token is a function of the prefix alone, so every placement must give the
-same answer.
+token is a fingerprint of the whole prefix that ends with it, plus the layer's number; before it
+computes a token it checks that every earlier position holds the right one, so a wrong, stale or torn
+block anywhere fails the test. The next token is a function of the prefix alone, so every placement
+must give the same answer.
 """
 
 import asyncio
@@ -18,6 +18,7 @@ from contextlib import asynccontextmanager
 from typing import ParamSpec
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from memserve.cluster.cluster import Cluster
@@ -26,6 +27,7 @@ from memserve.config import EngineConfig
 from memserve.generation import Generation
 from memserve.messages import Configure, Ready, SamplingParams
 from memserve.model.sampling import Sampled
+from memserve.model.step import LayerWritten
 from memserve.pool.refs import ArenaLayout, Encoding
 from memserve.scheduler.placement import Load, Placement, Policy, Role
 from memserve.workers import calibration
@@ -40,7 +42,7 @@ BLOCK_SIZE = 4
 VOCABULARY = 50
 SHAPE = ArenaLayout(
     num_blocks=1,
-    num_layers=1,
+    num_layers=3,
     block_size=BLOCK_SIZE,
     num_kv_heads=1,
     head_dim=5,
@@ -58,9 +60,12 @@ def fingerprints(tokens: Sequence[int]) -> list[int]:
     return found
 
 
-def digits(fingerprint: int) -> list[float]:
-    """How a cell holds it: 127, so that the scale of int8 is 1, and four digits of 7 bits."""
-    return [127.0, *(float(fingerprint >> shift & 127) for shift in (21, 14, 7, 0))]
+def digits(numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    """How cells hold them [len, 5]: 127, so that the scale of int8 is 1, and four digits of 7 bits."""
+    found = np.full((len(numbers), SHAPE.head_dim), 127, np.float32)
+    for place, shift in enumerate((21, 14, 7, 0), start=1):
+        found[:, place] = numbers >> shift & 127
+    return found
 
 
 def oracle_answer(prompt: Sequence[int], num_tokens: int) -> list[int]:
@@ -74,34 +79,45 @@ def oracle_answer(prompt: Sequence[int], num_tokens: int) -> list[int]:
 class OracleRunner:
     """Computes fingerprints instead of attention, and checks those that it finds."""
 
-    def __init__(self, arena: torch.Tensor, step_seconds: float) -> None:
-        self._cells = arena.view(arena.shape[0], 2, BLOCK_SIZE, SHAPE.head_dim).numpy()
+    def __init__(
+        self,
+        arena: torch.Tensor,
+        step_seconds: float,
+        before_layer: Callable[[int], None] | None = None,
+    ) -> None:
+        self._cells = arena.view(
+            arena.shape[0], SHAPE.num_layers, 2, BLOCK_SIZE, SHAPE.head_dim
+        ).numpy()
         self._step_seconds = step_seconds
-        self.num_computed = 0
+        self._before_layer = before_layer
 
-    def run(self, slices: Sequence[Slice]) -> list[Sampled]:
+    def run(self, slices: Sequence[Slice], written: LayerWritten | None = None) -> list[Sampled]:
         if self._step_seconds:
             time.sleep(self._step_seconds)
-        last = [(part, self._compute(part)) for part in slices]
+        for layer in range(SHAPE.num_layers):
+            if self._before_layer is not None:
+                self._before_layer(layer)
+            last = [(part, self._compute(part, layer)) for part in slices]
+            if written is not None:
+                written(layer + 1)
         return [
             Sampled(token=fingerprint % VOCABULARY) for part, fingerprint in last if part.samples
         ]
 
-    def _compute(self, part: Slice) -> int:
+    def _compute(self, part: Slice, layer: int) -> int:
         sequence = part.sequence
         if sequence.ticket == calibration.TICKET:
             return 0  # its blocks hold anything
         start, end = sequence.num_computed, sequence.num_computed + part.num_tokens
-        wanted = fingerprints(sequence.tokens[:end])
-        blocks = np.asarray(sequence.blocks)
-        for position in range(end):
-            cell = self._cells[int(blocks[position // BLOCK_SIZE]), :, position % BLOCK_SIZE]
-            held = digits(wanted[position])
-            if position >= start:
-                cell[:] = held
-                self.num_computed += 1
-            assert cell.tolist() == [held] * 2, f"wrong KV at position {position}"
-        return wanted[-1]
+        values = fingerprints(sequence.tokens[:end])
+        wanted = digits(np.array(values, np.int64) + layer)[:, None]
+        positions = np.arange(end)
+        blocks = np.asarray(sequence.blocks)[positions // BLOCK_SIZE]
+        rows = positions % BLOCK_SIZE
+        self._cells[blocks[start:], layer, :, rows[start:]] = wanted[start:]
+        wrong = (self._cells[blocks, layer, :, rows] != wanted).any(axis=(1, 2))
+        assert not wrong.any(), f"wrong KV of layer {layer} at position {wrong.argmax()}"
+        return values[-1]
 
 
 class ThreadWorker:
@@ -150,11 +166,12 @@ class ThreadWorker:
             config,
             link,
             memory.pool,
-            OracleRunner(memory.hbm.tensor, self._options.step_seconds),
+            OracleRunner(memory.hbm.tensor, self._options.step_seconds, self._options.before_layer),
             start_copy=held(memory, memory.copier.start, self._options.copy_seconds),
             start_swap=held(memory, memory.copier.start_swap, self._options.copy_seconds),
             start_pull=held(memory, memory.copier.start_pull, self._options.copy_seconds),
             start_fetch=held(memory, memory.copier.start_fetch, self._options.copy_seconds),
+            progress=memory.progress,
             map_peer=lambda message: memory.map_peer(message, self._descriptors),
             copy_within=memory.copy_within,
             samples=memory.samples,
@@ -171,7 +188,8 @@ def held(memory: WorkerMemory, start: Callable[P, None], seconds: float) -> Call
     """`start`, but the copy thread sleeps before each copy."""
 
     def start_later(*args: P.args, **kwargs: P.kwargs) -> None:
-        memory.copier._thread.submit(time.sleep, seconds)
+        for thread in (memory.copier._thread, memory.copier._followers):
+            thread.submit(time.sleep, seconds)
         start(*args, **kwargs)
 
     return start_later if seconds else start
@@ -191,6 +209,8 @@ class RigOptions:
     transfer_granularity: str = "chunk"
     step_seconds: float = 0.0
     copy_seconds: float = 0.0
+    before_layer: Callable[[int], None] | None = None
+    """Called by every worker, on its own thread, before it computes a layer."""
     max_num_queued_reqs: int = 10_000
 
 

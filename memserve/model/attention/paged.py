@@ -20,7 +20,7 @@ from memserve.model.attention.gathered import (
     visibility_mask,
 )
 from memserve.model.attention.native import Kernels, PrefillOperands, native_step
-from memserve.model.step import StepInput
+from memserve.model.step import LayerWritten, StepInput
 
 log = logging.getLogger(__name__)
 
@@ -75,20 +75,30 @@ class PagedAttention:
             self._scratch = torch.empty(size, dtype=torch.uint8)
         return self._scratch
 
-    def begin(self, step: StepInput, arena: torch.Tensor) -> "PagedBatch":
+    def begin(
+        self, step: StepInput, arena: torch.Tensor, written: LayerWritten | None = None
+    ) -> "PagedBatch":
         """Prepare one step. `arena` [num_blocks, num_layers, 2, block_size, Hkv, D]."""
-        return PagedBatch(self, step, arena)
+        return PagedBatch(self, step, arena, written)
 
 
 class PagedBatch:
     """One step's attention: `write` and then `attend`, once per layer."""
 
-    def __init__(self, attention: PagedAttention, step: StepInput, arena: torch.Tensor) -> None:
+    def __init__(
+        self,
+        attention: PagedAttention,
+        step: StepInput,
+        arena: torch.Tensor,
+        written: LayerWritten | None,
+    ) -> None:
         self.num_query_heads = attention.num_query_heads
         self.windows = attention.windows
         self.step = step
         self.layers_seen: set[int] = set()
         self._arena = arena
+        self._written = written
+        self._num_written = 0
         self._kernels = attention.kernels
         self._gatherer = attention.gatherer
         counts = step.query_start.diff()
@@ -134,6 +144,7 @@ class PagedBatch:
         if self._kernels is None:
             self._arena[:, layer, 0].index_put_((self._blocks, self._rows), key)
             self._arena[:, layer, 1].index_put_((self._blocks, self._rows), value)
+            self.wrote(layer)
             return
         key, value = rows_contiguous(key), rows_contiguous(value)
         self._kernels.write_kv(
@@ -144,6 +155,14 @@ class PagedBatch:
             value.data_ptr(),
             value.stride(0),
         )
+        self.wrote(layer)
+
+    def wrote(self, layer: int) -> None:
+        """All K and V of a layer is in the arena; for a caller that doesn't `write` them here."""
+        # A model that goes through its layers in another order is followed less far, never wrongly.
+        if self._written is not None and layer == self._num_written:
+            self._num_written += 1
+            self._written(self._num_written)
 
     def attend(
         self,

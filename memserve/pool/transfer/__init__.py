@@ -51,6 +51,20 @@ class Transfer(Protocol):
         """
         ...
 
+    def read_layer(self, refs: Sequence[BlockRef], into: Sequence[int], layer: int) -> list[bool]:
+        """Like `read` of HBM blocks without a lease, but K and V of one layer only.
+
+        A local block is whole once every layer was read and each time True returned.
+        """
+        ...
+
+    def wait_for_layer(self, ref: BlockRef, step: int, layer: int, *, seconds: float) -> bool:
+        """Sleep until the owner of `ref` has written a layer in a step (`memserve.pool.progress`).
+
+        False after `seconds`, or earlier. Raises StaleReference as `read` does.
+        """
+        ...
+
     def release(self, instance: int) -> None:
         """Forget this instance's arenas; a read in progress keeps its own until it is done."""
         ...

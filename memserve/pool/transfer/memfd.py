@@ -21,11 +21,13 @@ from memserve.pool.generations import GENERATION_MASK, NativeBlocks
 from memserve.pool.header import (
     GENERATIONS_OFFSET,
     PAGE_BYTES,
+    PROGRESS_OFFSET,
     blocks_offset,
     check_header,
     total_bytes,
 )
 from memserve.pool.int8 import convert_blocks
+from memserve.pool.progress import NativeProgress, word
 from memserve.pool.refs import ArenaDescriptor, BlockRef, Tier
 
 logger = logging.getLogger(__name__)
@@ -66,6 +68,7 @@ class _PeerArena:
         )
         self.table_address = int(self._table.ctypes.data)
         self.address = int(self._bytes.ctypes.data) + blocks_offset(descriptor.layout)
+        self.progress_address = int(self._bytes.ctypes.data) + PROGRESS_OFFSET
 
     def generation(self, block: int) -> int:
         return int(self._table[block])
@@ -76,11 +79,17 @@ class MemfdTransfer:
     """The backend `memfd` of `Transfer`."""
 
     def __init__(
-        self, arena: LocalArena, native: NativeBlocks | None, *, dram: LocalArena | None = None
+        self,
+        arena: LocalArena,
+        native: NativeBlocks | None,
+        *,
+        dram: LocalArena | None = None,
+        progress: NativeProgress | None = None,
     ) -> None:
         self._arena = arena
         self._dram = dram
         self._native = native
+        self._progress = progress
         self._peers: dict[tuple[int, int], _PeerArena] = {}  # by (instance, tier)
         if native is None:
             logger.warning("no compiled block copy: peers' blocks are read under a lease only")
@@ -94,6 +103,11 @@ class MemfdTransfer:
     def block_bytes(self) -> int:
         """Bytes of one block."""
         return self._arena.descriptor.layout.block_bytes
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of a block, which `read_layer` counts from 0."""
+        return self._arena.descriptor.layout.num_layers
 
     def export(self) -> tuple[ArenaDescriptor, int]:
         """See `Transfer.export`."""
@@ -152,10 +166,40 @@ class MemfdTransfer:
         arena = self._arena if tier is Tier.HBM else self._dram
         if arena is None:
             raise PoolError("there is no DRAM tier to read into")
-        if len(refs) != len(into):
-            raise PoolError(f"{len(refs)} blocks can't be read into {len(into)}")
         if self._native is None and not leased:
             raise PoolError("without a compiled block copy only leased blocks can be read")
+        return self._read(refs, into, arena, 0, arena.descriptor.layout.block_bytes)
+
+    def read_layer(self, refs: Sequence[BlockRef], into: Sequence[int], layer: int) -> list[bool]:
+        """See `Transfer.read_layer`."""
+        layout = self._arena.descriptor.layout
+        if self._native is None:
+            raise PoolError("without a compiled block copy no layer can be read alone")
+        if not 0 <= layer < layout.num_layers:
+            raise PoolError(f"a block has {layout.num_layers} layers, layer {layer} isn't one")
+        layer_bytes = layout.block_bytes // layout.num_layers
+        return self._read(refs, into, self._arena, layer * layer_bytes, layer_bytes)
+
+    def wait_for_layer(self, ref: BlockRef, step: int, layer: int, *, seconds: float) -> bool:
+        """See `Transfer.wait_for_layer`."""
+        if self._progress is None:
+            raise PoolError("without the compiled calls no step can be read along")
+        peer = self._resolve(ref)
+        wanted = word(step, layer + 1)
+        reached: int = self._progress.wait(peer.progress_address, wanted, seconds)
+        return reached >= wanted
+
+    def _read(
+        self,
+        refs: Sequence[BlockRef],
+        into: Sequence[int],
+        arena: LocalArena,
+        offset: int,
+        num_bytes: int,
+    ) -> list[bool]:
+        """Copy `num_bytes` from `offset` on of each block."""
+        if len(refs) != len(into):
+            raise PoolError(f"{len(refs)} blocks can't be read into {len(into)}")
         num_local = arena.descriptor.layout.num_blocks
         if not all(0 <= block < num_local for block in into):
             raise PoolError(f"a destination is outside the arena's {num_local} blocks")
@@ -165,7 +209,8 @@ class MemfdTransfer:
         ok = [False] * len(refs)
         for peer, places in by_peer.items():
             chosen = [refs[i] for i in places]
-            copied = self._copy(peer, chosen, arena, [into[i] for i in places])
+            targets = [into[i] for i in places]
+            copied = self._copy(peer, chosen, arena, targets, offset, num_bytes)
             for i, flag in zip(places, copied, strict=True):
                 ok[i] = flag
         return ok
@@ -182,7 +227,13 @@ class MemfdTransfer:
         return peer
 
     def _copy(
-        self, peer: _PeerArena, refs: Sequence[BlockRef], arena: LocalArena, into: Sequence[int]
+        self,
+        peer: _PeerArena,
+        refs: Sequence[BlockRef],
+        arena: LocalArena,
+        into: Sequence[int],
+        offset: int,
+        num_bytes: int,
     ) -> list[bool]:
         block_bytes = peer.descriptor.layout.block_bytes
         blocks = [ref.block for ref in refs]
@@ -193,21 +244,22 @@ class MemfdTransfer:
                 verified = (peer.table_address, expected)
                 return convert_blocks(self._native, peer, blocks, arena, into, verified)
             return self._native.copy(
-                arena.address,
+                arena.address + offset,
                 np.array(into, dtype=np.int64),
-                peer.address,
+                peer.address + offset,
                 np.array(blocks, dtype=np.int64),
                 peer.table_address,
                 expected,
                 block_bytes,
+                num_bytes,
             )
         if converts:
             convert_blocks(None, peer, blocks, arena, into)
         else:
             for block, place in zip(blocks, into, strict=True):
                 ctypes.memmove(
-                    arena.address + place * block_bytes,
-                    peer.address + block * block_bytes,
-                    block_bytes,
+                    arena.address + offset + place * block_bytes,
+                    peer.address + offset + block * block_bytes,
+                    num_bytes,
                 )
         return [peer.generation(ref.block) == ref.generation for ref in refs]
