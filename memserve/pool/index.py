@@ -17,7 +17,7 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Generic, TypeVar
 
-from memserve.pool.tree import Edge, EdgeTree
+from memserve.pool.tree import Edge, EdgeTree, walk
 
 Tokens = bytes | Sequence[int]
 """Token ids, or what `pack_tokens` made of them."""
@@ -60,7 +60,7 @@ class RadixIndex(Generic[V]):
 
         With `touch` its blocks count as used now; without, nothing changes.
         """
-        path, partial, _ = self._walk(self._tree.root(salt), pack_tokens(tokens))
+        path, partial, _ = walk(self._tree.root(salt), pack_tokens(tokens), self._stride)
         values = self._held(path, partial)
         if touch and path:
             self._tree.touch(self._tree.split(path[-1], partial) if partial else path[-1])
@@ -81,7 +81,7 @@ class RadixIndex(Generic[V]):
             return []
         packed = packed[: num_blocks * self._stride]
         root = self._tree.root(salt)
-        path, partial, offset = self._walk(root, packed)
+        path, partial, offset = walk(root, packed, self._stride)
         held = self._held(path, partial)
         last = path[-1] if path else root
         if partial:
@@ -99,7 +99,7 @@ class RadixIndex(Generic[V]):
         another sequence goes on.
         """
         packed = pack_tokens(tokens)
-        path, partial, offset = self._walk(self._tree.root(salt), packed)
+        path, partial, offset = walk(self._tree.root(salt), packed, self._stride)
         if not path:
             return []
         last = path[-1]
@@ -201,35 +201,6 @@ class RadixIndex(Generic[V]):
     def audit(self) -> list[str]:
         """Recount from scratch; what is wrong with the tree, in words."""
         return self._tree.audit()
-
-    def _walk(self, root: Edge[V], packed: bytes) -> tuple[list[Edge[V]], int, int]:
-        """Edges from the root along `packed`, and where the common prefix ends.
-
-        The second value is the number of blocks in common with the last edge if that is not all
-        of it, else 0; the third is the length of the common prefix in bytes.
-        """
-        stride = self._stride
-        edge, offset, path = root, 0, []
-        while child := edge.children.get(packed[offset : offset + stride]):
-            path.append(child)
-            if not packed.startswith(child.key, offset):
-                common = self._common_blocks(child.key, packed, offset)
-                return path, common, offset + common * stride
-            offset += len(child.key)
-            edge = child
-        return path, 0, offset
-
-    def _common_blocks(self, key: bytes, packed: bytes, offset: int) -> int:
-        stride = self._stride
-        low, high = 1, min(len(key), len(packed) - offset) // stride
-        while low < high:
-            middle = (low + high + 1) // 2
-            start, end = low * stride, middle * stride
-            if key[start:end] == packed[offset + start : offset + end]:
-                low = middle
-            else:
-                high = middle - 1
-        return low
 
     def _held(self, path: list[Edge[V]], partial: int) -> list[V]:
         """The values along a walk."""

@@ -10,10 +10,57 @@ level.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator
-from typing import Generic, TypeVar, final
+from collections.abc import Iterator, Mapping
+from typing import Generic, Protocol, TypeVar, cast, final
 
 V = TypeVar("V")
+
+
+class Node(Protocol):
+    """What `walk` needs of an edge: the tokens of its blocks, and what continues them."""
+
+    key: bytes
+
+    @property
+    def children(self) -> "Mapping[bytes, Node]":
+        """The edges below, by the tokens of their first block."""
+        ...
+
+
+N = TypeVar("N", bound=Node)
+
+
+def common_blocks(key: bytes, start: int, packed: bytes, offset: int, stride: int) -> int:
+    """How many blocks `key` from byte `start` on has in common with `packed` from `offset` on."""
+    low, high = 0, min(len(key) - start, len(packed) - offset) // stride
+    if key[start : start + high * stride] == packed[offset : offset + high * stride]:
+        return high
+    while low < high:
+        middle = (low + high + 1) // 2
+        begin, end = low * stride, middle * stride
+        if key[start + begin : start + end] == packed[offset + begin : offset + end]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def walk(root: N, packed: bytes, stride: int) -> tuple[list[N], int, int]:
+    """Edges from the root along `packed`, and where the common prefix ends.
+
+    The second value is the number of blocks in common with the last edge if that is not all of it,
+    else 0; the third is the length of the common prefix in bytes.
+    """
+    edge, offset = root, 0
+    path: list[N] = []
+    while child := cast("N | None", edge.children.get(packed[offset : offset + stride])):
+        path.append(child)
+        if not packed.startswith(child.key, offset):
+            common = common_blocks(child.key, 0, packed, offset, stride)
+            return path, common, offset + common * stride
+        offset += len(child.key)
+        edge = child
+    return path, 0, offset
 
 
 @final

@@ -2,51 +2,50 @@
 
 Contract: the caller asks with `place`, reports every dispatched choice by its ticket until `ended`,
 and hands on what workers tell of their caches and steps. Time is passed in, so a cluster and a
-simulation drive the same code. No I/O, no torch, single-threaded.
+simulation drive the same code. Times are seconds. No I/O, no torch, single-threaded.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+
+import numpy as np
 
 from memserve.messages import CopySample, IndexEvents, StepSample
+from memserve.pool.index import TOKEN_BYTES, pack_tokens
 from memserve.pool.refs import BlockRef
+from memserve.scheduler.cost import CopyModel, StepModel, num_pairs
+from memserve.scheduler.cost_policy import LeastDelay
 from memserve.scheduler.counters import Counters
-from memserve.scheduler.interface import Ask, Placement, Role, SchedulerConfig
-from memserve.scheduler.prompt_tree import PromptTree
-
-
-@dataclass(slots=True)
-class _Load:
-    """What one instance has been given and has not finished."""
-
-    instance: int
-    role: Role
-    num_blocks: int
-    num_prefill_tokens: int = 0
-    num_sequences: int = 0
-    last_chosen: int = 0
-    leaving: bool = False
-
-
-@dataclass(slots=True)
-class _Ticket:
-    prefill: int
-    decode: int
-    num_prefill_tokens: int
+from memserve.scheduler.fairness import FairOrder
+from memserve.scheduler.global_tree import GlobalPromptTree
+from memserve.scheduler.interface import Ask, Fetch, Placement, Role, SchedulerConfig
+from memserve.scheduler.lengths import OutputLengths
+from memserve.scheduler.loads import Loads, Ticket
+from memserve.scheduler.policies import (
+    Choice,
+    LeastLoad,
+    LongestPrefix,
+    Policy,
+    Question,
+    RoundRobin,
+    SessionAffinity,
+)
 
 
 class Scheduler:
     """Places requests on the instances that have joined."""
 
-    TOKENS_PER_SEQUENCE = 64
-
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
-        self._loads: dict[int, _Load] = {}
-        self._tickets: dict[int, _Ticket] = {}
-        self._prompts = PromptTree(config.block_size)
-        self._num_chosen = 0
+        self._tree = GlobalPromptTree(config.block_size)
+        self._loads = Loads()
+        self._tickets: dict[int, Ticket] = {}
+        self._lengths = OutputLengths()
+        self._fair = FairOrder()
+        self.steps = StepModel()
+        self.copies = CopyModel()
         self.counters = Counters()
+        self._policy = self._make_policy()
+        self._packed: tuple[list[int], bytes] = ([], b"")
 
     # Members
 
@@ -64,26 +63,28 @@ class Scheduler:
         `num_blocks` are those of its tiers, the fastest first, of `block_bytes` each; `epoch` is
         its life.
         """
-        assert block_bytes > 0
-        assert epoch > 0
-        self._loads[instance] = _Load(instance, role, sum(num_blocks))
+        capacity = num_blocks[0] * self._config.block_size
+        self._loads.join(instance, role, capacity=capacity, block_bytes=block_bytes)
+        self._tree.join(instance, epoch)
 
     def leave(self, instance: int) -> None:
         """An instance has gone; tickets that it still has may end later."""
-        self._loads.pop(instance, None)
-        self.forget(instance)
+        if instance in self._loads.slot_by_instance:
+            self._loads.leave(instance)
+            self._tree.leave(instance)
+            self.steps.forget(instance)
 
     def set_role(self, instance: int, role: Role) -> None:
         """Change what new requests are sent there."""
-        self._loads[instance].role = role
+        self._loads.set_role(instance, role)
 
     def set_leaving(self, instance: int) -> None:
         """Send no new work there."""
-        self._loads[instance].leaving = True
+        self._loads.set_leaving(instance)
 
     def roles(self) -> dict[int, Role]:
         """Every instance's role."""
-        return {load.instance: load.role for load in self._loads.values()}
+        return dict(self._loads.roles)
 
     # Requests
 
@@ -92,74 +93,112 @@ class Scheduler:
 
         Raises `LookupError` when no instance prefills, or none decodes.
         """
-        assert now >= 0
-        serving = [load for load in self._loads.values() if not load.leaving]
-        cached = {
-            load.instance: self._prompts.match(load.instance, ask.prompt, ask.salt)
-            for load in serving
-            if load.role.prefills
-        }
-        prefill = self._least(
-            (load for load in serving if load.role.prefills),
-            lambda load: (
-                load.num_prefill_tokens
-                - cached[load.instance]
-                + self.TOKENS_PER_SEQUENCE * load.num_sequences
-            ),
-        )
-        decode = prefill
-        if not prefill.role.decodes:
-            decode = self._least(
-                (load for load in serving if load.role.decodes), lambda load: load.num_sequences
-            )
+        question = self._question(ask, now)
+        choice = self._policy.choose(question, self._loads)
+        for slot in {choice.prefill, choice.decode}:
+            self._loads.choose(slot)
+        instances = self._loads.rows["instance"]
+        flow = ask.tenant or ask.session
+        reuse = self._config.context_caching
+        colocated = choice.prefill == choice.decode
+        cached = int(question.cached[choice.prefill])
+        fetch = self._fetch(ask, question, choice, cached)
+        num_fetched = len(fetch.refs) * self._config.block_size if fetch else 0
+        if fetch:
+            num_fetched -= cached - fetch.first_block * self._config.block_size
         return Placement(
-            prefill=prefill.instance,
-            decode=decode.instance,
-            num_cached_tokens=cached[prefill.instance],
+            prefill=int(instances[choice.prefill]),
+            decode=int(instances[choice.decode]),
+            num_cached_tokens=cached,
+            num_fetched_tokens=num_fetched,
+            fetch=fetch,
+            reuse_prefill=reuse != "off",
+            reuse_decode=reuse in ("2", "3") or (colocated and reuse != "off"),
+            order=self._fair.order(flow, ask.priority),
+            prediction=choice.prediction,
         )
 
     def dispatched(
         self, ticket: int, choice: int, ask: Ask, placement: Placement, now: float
     ) -> None:
         """One choice of a placed request was sent; its load counts from now on."""
-        assert now >= 0
+        packed = self._pack(ask.prompt)
+        num_prompt = len(ask.prompt)
         # The first choice computes the prompt, the others find it cached.
-        num_new = len(ask.prompt) - placement.num_cached_tokens if choice == 0 else 1
-        self._tickets[ticket] = _Ticket(placement.prefill, placement.decode, num_new)
-        prefill, decode = self._loads[placement.prefill], self._loads[placement.decode]
-        prefill.num_prefill_tokens += num_new
-        decode.num_sequences += 1
-        self._prompts.record(prefill.instance, ask.prompt, ask.salt, num_blocks=prefill.num_blocks)
+        num_done = placement.num_cached_tokens + placement.num_fetched_tokens
+        num_new = num_prompt - num_done if choice == 0 else 1
+        flow = ask.tenant or ask.session
+        seconds = self._prefill_seconds(num_new, num_prompt - num_new)
+        length = self._lengths.remaining(0, ask.max_tokens)
+        added = Ticket(
+            placement=placement,
+            decode=placement.decode,
+            packed=packed,
+            salt=ask.salt,
+            flow=flow,
+            start=self._fair.charge(flow, seconds + length * self.steps.costs.decode),
+            num_prompt_tokens=num_prompt,
+            max_tokens=ask.max_tokens,
+            num_new_tokens=num_new,
+            num_new_pairs=num_pairs(num_new, num_prompt - num_new),
+            expected_end=length,
+            dispatched_at=now,
+        )
+        self._tickets[ticket] = added
+        self._loads.dispatched(added, seconds, now)
+        for instance in _keepers(placement):
+            self._tree.expect(instance, packed, ask.salt)
+        if choice == 0:
+            self.counters.num_colocated += placement.prefill == placement.decode
+            self.counters.num_fetches += placement.fetch is not None
 
     def first_token(self, ticket: int, now: float) -> None:
-        """The prompt of a ticket is computed."""
-        assert now >= 0
+        """The prompt of a ticket is computed; its first token counts as one of `token`."""
         found = self._tickets.get(ticket)
-        if found is not None and found.prefill in self._loads:
-            self._loads[found.prefill].num_prefill_tokens -= found.num_prefill_tokens
-            found.num_prefill_tokens = 0
+        if found is None or found.first_token_at:
+            return
+        self._loads.first_token(found, now)
+        self._fair.served(found.start)
+        ttft = now - found.dispatched_at
+        if found.placement.prediction is not None:
+            self.counters.ttft_error.add(found.placement.prediction.ttft, ttft)
+        if self._config.slo_ttft is not None:
+            self.counters.slo_ttft.add(kept=ttft <= self._config.slo_ttft)
+        self._loads.token(found, self._lengths)
 
     def token(self, ticket: int, now: float) -> None:
-        """One more token of a ticket has come."""
+        """One more token of a ticket has come; not to be called for its first."""
+        found = self._tickets.get(ticket)
+        if found is not None:
+            if not found.first_token_at:
+                self.first_token(ticket, now)
+            else:
+                self._loads.token(found, self._lengths)
 
     def decodes_at(self, ticket: int, instance: int, now: float) -> None:
         """The ticket's answer is generated there: a handover was accepted, declined or withdrawn."""
-        assert now >= 0
         found = self._tickets.get(ticket)
-        if found is None or found.decode == instance:
-            return
-        if found.decode in self._loads:
-            self._loads[found.decode].num_sequences -= 1
-        if instance in self._loads:
-            self._loads[instance].num_sequences += 1
-        found.decode = instance
+        if found is not None and found.decode != instance:
+            assert now >= found.dispatched_at
+            self._loads.decodes_at(found, instance)
 
     def ended(self, ticket: int, now: float) -> None:
         """A ticket is over, whatever became of it; unknown ones are ignored."""
-        self.first_token(ticket, now)
         found = self._tickets.pop(ticket, None)
-        if found is not None and found.decode in self._loads:
-            self._loads[found.decode].num_sequences -= 1
+        if found is None:
+            return
+        self._loads.ended(found, now)
+        for instance in _keepers(found.placement):
+            self._tree.unexpect(instance, found.packed, found.salt)
+        self._fair.served(found.start)
+        if not found.first_token_at:
+            return
+        self._lengths.add(found.num_tokens)
+        if found.placement.prediction is not None:
+            self.counters.jct_error.add(found.placement.prediction.jct, now - found.dispatched_at)
+        if self._config.slo_tpot is not None and found.num_tokens > 1:
+            tpot = (now - found.first_token_at) / (found.num_tokens - 1)
+            self.counters.slo_tpot.add(kept=tpot <= self._config.slo_tpot)
 
     # What workers tell
 
@@ -168,31 +207,110 @@ class Scheduler:
 
         False if it can't be followed (a message is missing): ask the worker to report all of it.
         """
-        assert events.number > 0
-        return instance in self._loads
+        return self._tree.apply(instance, events)
 
     def forget(self, instance: int) -> None:
         """An instance's cache is empty."""
-        self._prompts.forget(instance)
+        self._tree.forget(instance)
 
     def locate(self, instance: int, tokens: list[int], salt: str) -> list[BlockRef]:
         """What an instance holds of the whole blocks of `tokens`, in order, on any tier."""
-        known = self._prompts.match(instance, tokens, salt)
-        assert known >= 0
-        return []  # where they lie is known once index events are followed
+        return self._tree.locate(instance, pack_tokens(tokens), salt)
 
     def learn(self, instance: int, steps: list[StepSample], copies: list[CopySample]) -> None:
         """Timed steps and copies of an instance."""
+        slot = self._loads.slot_by_instance.get(instance)
+        if slot is None:
+            return
+        num_busy = max(1, self._loads.num_busy)
+        for step in steps:
+            if step.num_prefill_tokens:
+                predicted = self.steps.seconds(instance, step, num_busy)
+                self.counters.prefill_error.add(predicted, step.seconds)
+        self.steps.learn(instance, steps, num_busy)
+        self.copies.learn(copies)
+        self._loads.rows["scale"][slot] = self.steps.scale(instance)
 
     def replan(self, now: float) -> list[tuple[int, Role]]:
         """Roles that should change now; the caller applies them with `set_role`."""
         assert now >= 0
         return []
 
-    def _least(self, loads: Iterable[_Load], weight: Callable[[_Load], int]) -> _Load:
-        chosen = min(loads, key=lambda load: (weight(load), load.last_chosen), default=None)
-        if chosen is None:
-            raise LookupError("no instance serves this role")
-        self._num_chosen += 1
-        chosen.last_chosen = self._num_chosen
-        return chosen
+    def audit(self) -> list[str]:
+        """Recount everything from scratch; what is wrong, in words."""
+        return self._tree.audit() + self._loads.recount(self._tickets.values())
+
+    def _make_policy(self) -> Policy:
+        makers: dict[str, Callable[[], Policy]] = {
+            "round-robin": RoundRobin,
+            "least-load": LeastLoad,
+            "session": lambda: SessionAffinity(self._config.block_size * TOKEN_BYTES),
+            "prompt-tree": LongestPrefix,
+            "cost": lambda: LeastDelay(self._config, self.steps, self.copies, self._lengths),
+        }
+        return makers[self._config.routing_policy]()
+
+    def _pack(self, prompt: list[int]) -> bytes:
+        """The packed prompt; a request is dispatched right after it was placed."""
+        if self._packed[0] is not prompt:
+            self._packed = (prompt, pack_tokens(prompt))
+        return self._packed[1]
+
+    def _question(self, ask: Ask, now: float) -> Question:
+        packed = self._pack(ask.prompt)
+        caching, size = self._config.context_caching, len(self._loads)
+        cached, held, fast, kept = (np.zeros(size) for _ in range(4))
+        if caching != "off":
+            # One token is always computed.
+            stride = self._config.block_size * TOKEN_BYTES
+            end = (len(ask.prompt) - 1) // self._config.block_size * stride
+            found = self._tree.match(packed[:end], ask.salt)
+            slots = self._loads.slot_by_instance
+            for numbers, array in (
+                (found.held, held),
+                (found.fast, fast),
+                (found.held | found.expected, cached),
+            ):
+                known = [(slots[i], num) for i, num in numbers.items() if i in slots]
+                if known:
+                    places, counts = zip(*known, strict=True)
+                    array[list(places)] = counts
+            if caching != "1":
+                kept = cached
+        size_of = self._config.block_size
+        return Question(
+            ask=ask,
+            packed=packed,
+            cached=cached * size_of,
+            held=held * size_of,
+            slow=(held - fast) * size_of,
+            kept=kept * size_of,
+            now=now,
+        )
+
+    def _fetch(self, ask: Ask, question: Question, choice: Choice, cached: int) -> Fetch | None:
+        if choice.source is None or not choice.num_fetched:
+            return None
+        size = self._config.block_size
+        first = cached // size
+        source = int(self._loads.rows["instance"][choice.source])
+        num_blocks = (len(ask.prompt) - 1) // size
+        refs = self._tree.locate(source, question.packed, ask.salt)[first:num_blocks]
+        return Fetch(source, first, refs) if refs else None
+
+    def _prefill_seconds(self, num_new: int, num_before: int) -> float:
+        """The paper's exec(x, y) for an instance of mean speed."""
+        new = np.array([float(num_new)])
+        pairs = np.array([float(num_pairs(num_new, num_before))])
+        chunk = self._config.max_num_batched_tokens
+        return float(self.steps.costs.prefill(new, pairs, chunk)[0][0])
+
+
+def _keepers(placement: Placement) -> set[int]:
+    """The instances whose caches will hold the prompt."""
+    keepers = set()
+    if placement.reuse_prefill:
+        keepers.add(placement.prefill)
+    if placement.reuse_decode:
+        keepers.add(placement.decode)
+    return keepers

@@ -2,14 +2,35 @@
 
 import pytest
 
-from memserve.scheduler.interface import Ask, Role, SchedulerConfig
+from memserve.messages import IndexEvents
+from memserve.pool.events import Inserted
+from memserve.pool.index import pack_tokens
+from memserve.scheduler.interface import (
+    Ask,
+    ContextCaching,
+    Role,
+    RoutingPolicy,
+    SchedulerConfig,
+)
 from memserve.scheduler.scheduler import Scheduler
 
 BLOCK = 4
 
 
-def scheduler(*roles: Role) -> Scheduler:
-    config = SchedulerConfig(block_size=BLOCK, max_num_batched_tokens=64, max_num_seqs=8)
+def scheduler(
+    *roles: Role,
+    policy: RoutingPolicy = "cost",
+    caching: ContextCaching = "3",
+    elastic: bool = True,
+) -> Scheduler:
+    config = SchedulerConfig(
+        block_size=BLOCK,
+        max_num_batched_tokens=64,
+        max_num_seqs=8,
+        routing_policy=policy,
+        context_caching=caching,
+        elastic_roles=elastic,
+    )
     made = Scheduler(config)
     for number, role in enumerate(roles):
         made.join(number, role, num_blocks=[100], block_bytes=1000, epoch=1)
@@ -27,26 +48,41 @@ def test_a_burst_spreads_before_any_answer_comes() -> None:
     assert sorted(places) == [0, 1, 2]
 
 
-def test_a_prompt_goes_where_its_prefix_was_just_sent() -> None:
+def hold(made: Scheduler, instance: int, prompt: list[int], number: int = 1) -> None:
+    """The instance tells that it keeps this prompt, from its block 0 on."""
+    count = len(prompt) // BLOCK
+    tokens = pack_tokens(prompt[: count * BLOCK])
+    inserted = Inserted("", None, tokens, 0, [*range(count)], [0] * count)
+    assert made.apply(instance, IndexEvents(number, [inserted]))
+
+
+def test_a_prompt_goes_where_its_prefix_is_held() -> None:
     made = scheduler(Role.MIXED, Role.MIXED)
-    ask = Ask(prompt=list(range(400)), max_tokens=8)
-    first = made.place(ask, 0.0)
-    made.dispatched(1, 0, ask, first, 0.0)
-    made.first_token(1, 1.0)
-    made.ended(1, 2.0)
-    again = made.place(Ask(prompt=[*range(400), 7, 8, 9], max_tokens=8), 3.0)
-    assert (again.prefill, again.num_cached_tokens) == (first.prefill, 400)
+    hold(made, 1, [*range(400)])
+    placement = made.place(Ask(prompt=[*range(400), 7, 8, 9], max_tokens=8), 3.0)
+    assert (placement.prefill, placement.decode, placement.num_cached_tokens) == (1, 1, 400)
+
+
+def test_equal_prompts_meet_before_the_first_is_computed() -> None:
+    made = scheduler(Role.MIXED, Role.MIXED)
+    places = []
+    for ticket in range(2):
+        ask = Ask(prompt=[*range(4000), ticket], max_tokens=1)
+        placement = made.place(ask, 0.0)
+        made.dispatched(ticket, 0, ask, placement, 0.0)
+        places.append((placement.prefill, placement.num_cached_tokens))
+    assert places == [(0, 0), (0, 4000)]
 
 
 def test_roles_bind_prefill_and_decode() -> None:
-    made = scheduler(Role.PREFILL, Role.DECODE)
+    made = scheduler(Role.PREFILL, Role.DECODE, elastic=False)
     placement = made.place(Ask(prompt=[1] * 40, max_tokens=8), 0.0)
     assert (placement.prefill, placement.decode) == (0, 1)
 
 
 def test_without_anyone_to_decode_there_is_no_place() -> None:
     with pytest.raises(LookupError):
-        scheduler(Role.PREFILL).place(Ask(prompt=[1] * 40, max_tokens=8), 0.0)
+        scheduler(Role.PREFILL, elastic=False).place(Ask(prompt=[1] * 40, max_tokens=8), 0.0)
 
 
 def test_who_is_leaving_gets_no_new_work() -> None:

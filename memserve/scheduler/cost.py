@@ -1,0 +1,227 @@
+"""What steps and copies will take: one linear model each, fitted to what workers timed.
+
+A step's seconds are a non-negative linear function of few features of its batch. The first rows of a
+step cost less than later ones (the weights must be read anyway), so rows have a coefficient for each
+stretch between `KNEES`. Prefill and decode share the model: a step may do both. The paper's exec(x, y)
+is the sum over the chunks of a prefill (PAPER §4).
+
+Old samples fade. Instances that share a device slow each other down: a step takes
+1 + contention * (busy instances - 1) times as long; where they don't share one, the fit finds 0. What
+remains of an instance's own speed is its scale.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memserve.messages import CopySample, StepSample
+
+Floats = NDArray[np.float64]
+
+KNEES = (32, 256)
+"""Rows of a step where products may go from being bound by memory to being bound by arithmetic: on a
+CPU and on a GPU."""
+
+PRIOR = (0.012, 5e-4, 5e-4, 5e-4, 1e-7, 1e-4, 5e-7)
+"""Before any sample: about a small model on one core. Only their proportions matter for placement."""
+
+PRIOR_WEIGHT = 1e-3
+FORGET = 0.998
+SCALE_STEP = 0.05
+MAX_SCALE = 8.0
+
+
+def num_pairs(num_tokens: int, num_before: int) -> int:
+    """Pairs (query, key) of `num_tokens` tokens that stand after `num_before` others."""
+    return num_tokens * num_before + num_tokens * (num_tokens + 1) // 2
+
+
+@dataclass(frozen=True, slots=True)
+class StepCosts:
+    """Seconds per unit of each feature of a step. Methods take numbers or arrays alike."""
+
+    step: float
+    low_row: float
+    middle_row: float
+    high_row: float
+    prefill_pair: float
+    decode: float
+    decode_pair: float
+
+    def seconds(self, sample: StepSample) -> float:
+        """What a step with this batch should take."""
+        values = (
+            self.step,
+            self.low_row,
+            self.middle_row,
+            self.high_row,
+            self.prefill_pair,
+            self.decode,
+            self.decode_pair,
+        )
+        return sum(a * b for a, b in zip(values, features(sample), strict=True))
+
+    def rows(self, num_rows: Floats) -> Floats:
+        """Seconds of the rows of one step."""
+        low, middle = np.minimum(num_rows, KNEES[0]), np.minimum(num_rows, KNEES[1])
+        return (
+            self.low_row * low
+            + self.middle_row * (middle - low)
+            + self.high_row * (num_rows - middle)
+        )
+
+    def prefill(self, num_tokens: Floats, pairs: Floats, chunk: int) -> tuple[Floats, Floats]:
+        """Seconds and steps to prefill these tokens alone, in chunks of `chunk`."""
+        num_full = num_tokens // chunk
+        rest = num_tokens - num_full * chunk
+        steps = num_full + (rest > 0)
+        full_rows = self.rows(np.array(float(chunk)))
+        seconds = (
+            self.step * steps + full_rows * num_full + self.rows(rest) + self.prefill_pair * pairs
+        )
+        return seconds, steps
+
+    def decoding(self, batch: Floats, context: Floats) -> Floats:
+        """Seconds of a step that only decodes `batch` sequences of `context` tokens together."""
+        work = self.rows(batch) + self.decode * batch + self.decode_pair * context
+        seconds: Floats = np.where(batch > 0, self.step + work, 0.0)
+        return seconds
+
+    def beside(self, batch: Floats, context: Floats) -> Floats:
+        """Seconds that decoding these sequences adds to a prefill's step."""
+        return (self.high_row + self.decode) * batch + self.decode_pair * context
+
+
+def features(sample: StepSample) -> tuple[float, ...]:
+    """What a step's time depends on, in the order of `StepCosts`."""
+    rows = sample.num_prefill_tokens + sample.num_decodes
+    return (
+        1.0,
+        min(rows, KNEES[0]),
+        min(max(rows - KNEES[0], 0), KNEES[1] - KNEES[0]),
+        max(rows - KNEES[1], 0),
+        sample.num_prefill_pairs,
+        sample.num_decodes,
+        sample.num_decode_pairs,
+    )
+
+
+def non_negative(gram: Floats, moments: Floats) -> Floats:
+    """The x >= 0 that minimises x.gram.x - 2 moments.x (Lawson and Hanson's active sets)."""
+    size = len(moments)
+    solution = np.zeros(size)
+    free = np.zeros(size, dtype=bool)
+    tolerance = 1e-10 * float(np.abs(moments).max(initial=1e-30))
+    for _ in range(4 * size):
+        gradient = moments - gram @ solution
+        gradient[free] = -math.inf
+        entering = int(np.argmax(gradient))
+        if gradient[entering] <= tolerance:
+            break
+        free[entering] = True
+        while True:
+            trial = np.zeros(size)
+            chosen = np.flatnonzero(free)
+            trial[chosen] = np.linalg.lstsq(gram[np.ix_(chosen, chosen)], moments[chosen])[0]
+            leaving = chosen[trial[chosen] <= 0]
+            if not len(leaving):
+                break
+            shrink = min(solution[i] / (solution[i] - trial[i] + 1e-300) for i in leaving)
+            solution += shrink * (trial - solution)
+            free &= solution > 1e-15
+            if not free.any():
+                trial = np.zeros(size)
+                break
+        solution = trial
+    return solution
+
+
+class StepModel:
+    """`StepCosts` fitted to samples by relative error; no sample: the prior."""
+
+    def __init__(self) -> None:
+        self.costs = StepCosts(*PRIOR)
+        self.contention = 0.0
+        self._scales: dict[int, float] = {}
+        # Features are scaled by the prior, so that all are of one size.
+        self._gram = np.eye(len(PRIOR)) * PRIOR_WEIGHT
+        self._moments = np.ones(len(PRIOR)) * PRIOR_WEIGHT
+        self._excess = 0.0
+        self._others = 1e-3
+
+    def slowdown(self, num_busy: float) -> float:
+        """How much longer steps take while so many instances are busy."""
+        return 1.0 + self.contention * max(0.0, num_busy - 1.0)
+
+    def scale(self, instance: int) -> float:
+        """How much slower than the model's mean an instance is."""
+        return self._scales.get(instance, 1.0)
+
+    def seconds(self, instance: int, sample: StepSample, num_busy: int) -> float:
+        """What this step should have taken."""
+        return self.costs.seconds(sample) * self.slowdown(num_busy) * self.scale(instance)
+
+    def learn(self, instance: int, samples: Sequence[StepSample], num_busy: int) -> None:
+        """Follow an instance's steps, taken while `num_busy` instances were busy."""
+        timed = [sample for sample in samples if sample.seconds > 0]
+        if not timed:
+            return
+        alone = self.slowdown(num_busy)
+        for sample in timed:
+            scaled = np.array(features(sample)) * PRIOR * alone / sample.seconds
+            self._gram = self._gram * FORGET + np.outer(scaled, scaled)
+            self._moments = self._moments * FORGET + scaled
+        ridge = np.eye(len(PRIOR)) * PRIOR_WEIGHT
+        fitted = non_negative(self._gram + ridge, self._moments + PRIOR_WEIGHT)
+        self.costs = StepCosts(*(float(x) for x in fitted * PRIOR))
+        ratios = [sample.seconds / max(self.costs.seconds(sample), 1e-9) for sample in timed]
+        self._compare(instance, float(np.median(ratios)), num_busy)
+
+    def _compare(self, instance: int, ratio: float, num_busy: int) -> None:
+        """`ratio`: this instance's seconds by those of an instance that is alone."""
+        others = num_busy - 1
+        if others > 0:
+            self._excess = self._excess * FORGET + (ratio - 1.0) * others
+            self._others = self._others * FORGET + others * others
+            self.contention = min(1.0, max(0.0, self._excess / self._others))
+        own = min(MAX_SCALE, max(1 / MAX_SCALE, ratio / self.slowdown(num_busy)))
+        before = self.scale(instance)
+        self._scales[instance] = before + SCALE_STEP * (own - before)
+
+    def forget(self, instance: int) -> None:
+        """The instance has gone."""
+        self._scales.pop(instance, None)
+
+
+class CopyModel:
+    """latency + bytes / bandwidth, fitted to samples of copies between instances."""
+
+    LATENCY = 1e-3
+    BANDWIDTH = 5e9
+
+    def __init__(self) -> None:
+        self.latency = self.LATENCY
+        self.seconds_per_byte = 1 / self.BANDWIDTH
+        # Of x = (1, bytes): sums of w, w x, w x x, w y, w x y with w = 1 / seconds.
+        self._gram = np.zeros((2, 2))
+        self._moments = np.zeros(2)
+
+    def learn(self, samples: Sequence[CopySample]) -> None:
+        """Follow more copies."""
+        prior = np.array([self.LATENCY, 1 / self.BANDWIDTH])
+        timed = [sample for sample in samples if sample.seconds > 0]
+        for sample in timed:
+            scaled = np.array([1.0, sample.num_bytes]) * prior / sample.seconds
+            self._gram = self._gram * FORGET + np.outer(scaled, scaled)
+            self._moments = self._moments * FORGET + scaled
+        if timed:
+            ridge = np.eye(2) * PRIOR_WEIGHT
+            fitted = non_negative(self._gram + ridge, self._moments + PRIOR_WEIGHT) * prior
+            self.latency, self.seconds_per_byte = float(fitted[0]), float(fitted[1])
+
+    def seconds(self, num_bytes: Floats) -> Floats:
+        """What copying so much takes; nothing takes no time."""
+        return np.where(num_bytes > 0, self.latency + num_bytes * self.seconds_per_byte, 0.0)

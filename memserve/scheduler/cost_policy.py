@@ -1,0 +1,273 @@
+"""The default policy: the least predicted delay to this request and to everyone it meets, in seconds.
+
+The cost of a placement is the request's predicted JCT (the wait behind queued prefills, its own
+prefill, the handover, its decode steps beside the others') plus what it adds to those who run there
+already, plus a weight for each SLO that would probably be missed. Eq. 1 of the paper is the first half
+of the first term, Eq. 2 the choice between fetching a prefix and computing it.
+
+All instances are judged at once, in vectors over the slots of `Loads`: prefill there, decode there,
+both there. Of pairs only the two best of each side can win, since a pair's cost is a sum.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memserve.scheduler.cost import CopyModel, StepModel
+from memserve.scheduler.interface import Ask, FetchPolicy, Prediction, SchedulerConfig
+from memserve.scheduler.lengths import OutputLengths
+from memserve.scheduler.loads import Loads
+from memserve.scheduler.policies import Choice, Floats, Question
+
+SLO_WEIGHT = 10.0
+"""Seconds that a missed SLO is worth, and again for each time that it is missed over."""
+
+MAX_PRESSURE = 0.9
+
+WORK_PRICE = 0.1
+"""Seconds of delay to requests still to come that a second of computing is worth."""
+
+
+@dataclass(slots=True)
+class _Prefill:
+    """Prefilling on each slot: everything in seconds."""
+
+    own: Floats
+    ttft: Floats
+    harm: Floats
+    num_fetched: Floats
+    source: NDArray[np.int64]
+
+
+@dataclass(slots=True)
+class _Decode:
+    """Decoding on each slot."""
+
+    own: Floats
+    step: Floats
+    """Seconds between tokens."""
+    harm: Floats
+
+
+class LeastDelay:
+    """Places by predicted completion. With `elastic` roles are no bounds."""
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        steps: StepModel,
+        copies: CopyModel,
+        lengths: OutputLengths,
+    ) -> None:
+        self._config = config
+        self._steps = steps
+        self._copies = copies
+        self._lengths = lengths
+
+    def choose(self, question: Question, loads: Loads) -> Choice:
+        """See `policies.Policy.choose`."""
+        rows = loads.rows
+        num_tokens = len(question.ask.prompt)
+        length = self._lengths.remaining(0, question.ask.max_tokens)
+        prefill = self._prefill(question, loads)
+        decode = self._decode(question.ask, length, loads)
+        elastic = self._config.elastic_roles
+        prefills = rows["serves"] if elastic else rows["prefills"]
+        decodes = rows["serves"] if elastic else rows["decodes"]
+        if not prefills.any() or not decodes.any():
+            raise LookupError("no instance serves this role")
+
+        idle = (rows["num_queued"] + rows["num_decoding"] == 0).astype(float)
+        waking = idle * self._waking(loads, length, decode)
+        missing = np.maximum(0.0, num_tokens - question.kept)
+        handover = self._handover(missing, rows["block_bytes"])
+        at_prefill = prefill.ttft + prefill.harm + waking
+        at_decode = decode.own + decode.harm + waking + handover + self._interference(loads)
+        both = prefill.ttft + prefill.harm + decode.own + decode.harm + waking
+        both = np.where(prefills & decodes, both + self._later(loads, decode.own), np.inf)
+        at_decode += self._later(loads, decode.own)
+
+        best = int(np.argmin(both))
+        pair = self._best_pair(
+            np.where(prefills, at_prefill, np.inf), np.where(decodes, at_decode, np.inf)
+        )
+        if np.isfinite(both[best]):
+            best = loads.least(both, np.isfinite(both))
+        if pair is None or both[best] <= at_prefill[pair[0]] + at_decode[pair[1]]:
+            pair = (best, best)
+        return self._choice(pair, prefill, decode, float(handover[pair[1]]))
+
+    def _choice(
+        self, pair: tuple[int, int], prefill: _Prefill, decode: _Decode, handover: float
+    ) -> Choice:
+        p, d = pair
+        ttft = float(prefill.ttft[p])
+        jct = ttft + float(decode.own[d]) + (handover if p != d else 0.0)
+        source = int(prefill.source[p])
+        return Choice(
+            p,
+            d,
+            source if source >= 0 else None,
+            int(prefill.num_fetched[p]),
+            Prediction(ttft, jct, float(prefill.own[p])),
+        )
+
+    def _best_pair(self, left: Floats, right: Floats) -> tuple[int, int] | None:
+        """Different slots with the least sum."""
+        first = np.argsort(left, kind="stable")[:2]
+        second = np.argsort(right, kind="stable")[:2]
+        pairs = [(int(p), int(d)) for p in first for d in second if p != d]
+        best = min(pairs, key=lambda pair: left[pair[0]] + right[pair[1]], default=None)
+        if best is None or not np.isfinite(left[best[0]] + right[best[1]]):
+            return None
+        return best
+
+    # Prefill
+
+    def _prefill(self, question: Question, loads: Loads) -> _Prefill:
+        rows, costs = loads.rows, self._steps.costs
+        num_tokens = len(question.ask.prompt)
+        speed = rows["scale"] * self._steps.slowdown(loads.num_busy)
+        chunk = max(1, self._config.max_num_batched_tokens)
+        cached = question.cached
+        own, num_steps = costs.prefill(*_new(num_tokens, cached), chunk)
+        own = own * speed + self._swap_in(question, rows["block_bytes"])
+        fetched, source = np.zeros(len(rows)), np.full(len(rows), -1)
+        if self._config.fetch_policy != "never" and len(rows) > 1:
+            longest, source = _longest_elsewhere(question.held)
+            gain = np.maximum(0.0, longest - cached)
+            block_size = self._config.block_size
+            copying = self._copies.seconds(gain / block_size * rows["block_bytes"])
+            rest, rest_steps = costs.prefill(*_new(num_tokens, np.maximum(cached, longest)), chunk)
+            with_fetch = rest * speed + copying
+            fetching = (gain > 0) & wanted(self._config.fetch_policy, with_fetch, own)
+            own = np.where(fetching, with_fetch, own)
+            num_steps = np.where(fetching, rest_steps, num_steps)
+            fetched = np.where(fetching, gain, 0.0)
+            source = np.where(fetching, source, -1)
+
+        batch = rows["num_decoding"]
+        context = rows["context"] * batch / np.maximum(batch + rows["num_incoming"], 1.0)
+        beside = costs.beside(batch, context) * speed
+        ttft = self.wait(loads, question.now) + own + num_steps * beside
+        # While the prompt is computed, others get their tokens at the pace of its chunks.
+        mean_rest = rows["remaining"] / np.maximum(batch + rows["num_incoming"], 1.0)
+        delay = np.maximum(0.0, own + num_steps * (beside - costs.decoding(batch, context) * speed))
+        harm = batch * delay * np.minimum(1.0, mean_rest / np.maximum(num_steps, 1.0))
+        harm = harm + WORK_PRICE * own
+        if (slo := self._config.slo_ttft) is not None:
+            harm = harm + _missed(ttft, slo)
+        return _Prefill(own, ttft, harm, fetched, source)
+
+    def wait(self, loads: Loads, now: float) -> Floats:
+        """Seconds until a prompt that is sent now would begin to be computed."""
+        rows, costs = loads.rows, self._steps.costs
+        chunk = max(1, self._config.max_num_batched_tokens)
+        seconds, num_steps = costs.prefill(rows["queued_tokens"], rows["queued_pairs"], chunk)
+        batch = rows["num_decoding"]
+        context = rows["context"] * batch / np.maximum(batch + rows["num_incoming"], 1.0)
+        seconds = seconds + num_steps * costs.beside(batch, context)
+        seconds *= rows["scale"] * self._steps.slowdown(loads.num_busy)
+        queued = np.maximum(rows["num_queued"], 1.0)
+        done = np.minimum(np.maximum(0.0, now - rows["since"]), 0.9 * seconds / queued)
+        # Even an idle queue waits for the step that runs.
+        running = costs.decoding(batch, context) * 0.5
+        waiting: Floats = np.where(rows["num_queued"] > 0, seconds - done, running)
+        return waiting
+
+    def _swap_in(self, question: Question, block_bytes: Floats) -> Floats:
+        """Seconds until the cached part that lies in slower memory is there."""
+        slow = np.minimum(question.slow, question.cached) / self._config.block_size
+        return self._copies.seconds(slow * block_bytes)
+
+    # Decode
+
+    def _decode(self, ask: Ask, length: float, loads: Loads) -> _Decode:
+        rows, costs = loads.rows, self._steps.costs
+        speed = rows["scale"] * self._steps.slowdown(loads.num_busy)
+        others = rows["num_decoding"] + rows["num_incoming"]
+        own_context = ask.num_choices * (len(ask.prompt) + length / 2)
+        before = costs.decoding(others, rows["context"]) * speed
+        after = costs.decoding(others + ask.num_choices, rows["context"] + own_context) * speed
+        mean_rest = rows["remaining"] / np.maximum(others, 1.0)
+        # Who shares a step with a shorter answer is slowed down only until that has ended.
+        together = np.minimum(length, mean_rest)
+        harm = others * (after - before) * together
+        alone = costs.decoding(
+            np.full(len(rows), float(ask.num_choices)), np.full(len(rows), own_context)
+        )
+        own = after * together + (length - together) * np.minimum(alone * speed, after)
+        own = np.where(others > 0, own, after * length)
+        full = np.maximum(
+            others + ask.num_choices - self._config.max_num_seqs,
+            (rows["context"] + own_context - rows["capacity"])
+            / np.maximum(rows["context"] / np.maximum(others, 1.0), 1.0),
+        )
+        own = own + np.where(full > 0, full, 0.0) * before * mean_rest / np.maximum(others, 1.0)
+        if (slo := self._config.slo_tpot) is not None:
+            harm = (
+                harm + _missed(after, slo) + others * (_missed(after, slo) - _missed(before, slo))
+            )
+        return _Decode(own, after, harm)
+
+    def _interference(self, loads: Loads) -> Floats:
+        """Seconds that prefills queued on each slot will keep its decoding sequences from a step."""
+        rows, costs = loads.rows, self._steps.costs
+        chunk = max(1, self._config.max_num_batched_tokens)
+        seconds, num_steps = costs.prefill(rows["queued_tokens"], rows["queued_pairs"], chunk)
+        waiting: Floats = np.maximum(0.0, seconds - num_steps * costs.step)
+        waiting *= rows["scale"] * self._steps.slowdown(loads.num_busy)
+        return waiting
+
+    def _later(self, loads: Loads, decode: Floats) -> Floats:
+        """Seconds that prefills yet to come will add to decoding, if they go on as of late."""
+        rows = loads.rows
+        pressure = np.minimum(rows["pressure"], MAX_PRESSURE)
+        later: Floats = decode * pressure
+        return later
+
+    def _handover(self, num_tokens: Floats, block_bytes: Floats) -> Floats:
+        """Seconds from the first token to decoding elsewhere: most of the copy overlaps the prefill."""
+        last = np.minimum(num_tokens, self._config.max_num_batched_tokens)
+        return self._copies.latency + self._copies.seconds(
+            last / self._config.block_size * block_bytes
+        )
+
+    def _waking(self, loads: Loads, length: float, decode: _Decode) -> float:
+        """Seconds that one more busy instance costs those who share the device with it."""
+        contention = self._steps.contention
+        if not contention:
+            return 0.0
+        running = float(loads.rows["num_decoding"].sum() + loads.rows["num_queued"].sum())
+        share = contention / self._steps.slowdown(loads.num_busy)
+        return running * share * length * float(decode.step.min(initial=0.0))
+
+
+def wanted(policy: FetchPolicy, with_fetch: Floats, without: Floats) -> NDArray[np.bool_]:
+    """Eq. 2: whether fetching pays."""
+    if policy == "always":
+        return np.ones(len(without), dtype=np.bool_)
+    return with_fetch <= without
+
+
+def _new(num_tokens: int, cached: Floats) -> tuple[Floats, Floats]:
+    """Tokens to compute, and the pairs that they attend to."""
+    new = num_tokens - cached
+    return new, new * cached + new * (new + 1) / 2
+
+
+def _longest_elsewhere(held: Floats) -> tuple[Floats, NDArray[np.int64]]:
+    """For each slot the most that another slot holds, and which."""
+    best = int(np.argmax(held))
+    others = held.copy()
+    others[best] = -1.0
+    second = int(np.argmax(others))
+    slots = np.arange(len(held))
+    source = np.where(slots == best, second, best)
+    return held[source], source
+
+
+def _missed(seconds: Floats, slo: float) -> Floats:
+    over = seconds / slo
+    return np.where(over > 1.0, SLO_WEIGHT * over, 0.0)

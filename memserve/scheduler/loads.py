@@ -1,0 +1,214 @@
+"""What every instance has been given and has not finished: a row of numbers each.
+
+Contract: load counts from dispatch, so that a burst spreads before its first answer comes. A ticket
+waits for its prefill until its first token, and decodes from then on where it was placed or where it
+was said to. All rows lie in one array, so that a decision over a thousand instances is a few vector
+operations. Tickets of instances that have gone are kept until they end, and count nowhere.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memserve.scheduler.interface import Placement, Role
+from memserve.scheduler.lengths import OutputLengths
+
+ROW = np.dtype(
+    [
+        ("instance", np.int64),
+        ("prefills", np.bool_),  # by role, and serving new work
+        ("decodes", np.bool_),
+        ("serves", np.bool_),
+        ("num_queued", np.float64),  # prompts without their first token
+        ("queued_tokens", np.float64),  # tokens of theirs still to compute
+        ("queued_pairs", np.float64),  # and what these attend to
+        ("since", np.float64),  # when the first of them began, as far as known
+        ("num_incoming", np.float64),  # sequences that it will decode, still prefilled somewhere
+        ("num_decoding", np.float64),
+        ("context", np.float64),  # tokens of those that it decodes and will decode
+        ("remaining", np.float64),  # tokens that those will probably still generate
+        ("capacity", np.float64),  # tokens of its fastest tier
+        ("pressure", np.float64),  # share of recent time that prefills took
+        ("pressure_at", np.float64),
+        ("block_bytes", np.float64),
+        ("scale", np.float64),
+        ("chosen", np.int64),  # when it was last chosen, for ties
+    ]
+)
+
+PRESSURE_SECONDS = 10.0
+"""How fast the memory of past prefills fades."""
+
+
+@dataclass(slots=True)
+class Ticket:
+    """One dispatched choice."""
+
+    placement: Placement
+    decode: int
+    """Where it decodes, or will."""
+    packed: bytes
+    salt: str
+    flow: str
+    start: float
+    """Virtual time of its turn (`memserve.scheduler.fairness`)."""
+    num_prompt_tokens: int
+    max_tokens: int
+    num_new_tokens: int
+    num_new_pairs: int
+    expected_end: float
+    """Number of tokens at which its answer probably ends."""
+    dispatched_at: float
+    num_tokens: int = 0
+    first_token_at: float = 0.0
+
+
+class Loads:
+    """The rows of all instances that have joined."""
+
+    def __init__(self) -> None:
+        self.rows: NDArray[np.void] = np.zeros(0, dtype=ROW)
+        self.slot_by_instance: dict[int, int] = {}
+        self.roles: dict[int, Role] = {}
+        self.leaving: set[int] = set()
+        self._num_chosen = 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def join(self, instance: int, role: Role, *, capacity: int, block_bytes: int) -> None:
+        """One more instance without any work; one that was known starts anew."""
+        if instance in self.slot_by_instance:
+            self.leave(instance)
+        row = np.zeros(1, dtype=ROW)
+        row["instance"], row["capacity"], row["block_bytes"] = instance, capacity, block_bytes
+        row["serves"], row["scale"] = True, 1.0
+        self.rows = np.concatenate([self.rows, row])
+        self.slot_by_instance[instance] = len(self.rows) - 1
+        self.set_role(instance, role)
+
+    def leave(self, instance: int) -> None:
+        """An instance has gone."""
+        self.rows = np.delete(self.rows, self.slot_by_instance[instance])
+        self.slot_by_instance = {int(row["instance"]): i for i, row in enumerate(self.rows)}
+        del self.roles[instance]
+        self.leaving.discard(instance)
+
+    def set_role(self, instance: int, role: Role) -> None:
+        """What may be sent there from now on."""
+        self.roles[instance] = role
+        row = self.rows[self.slot_by_instance[instance]]
+        row["prefills"] = role.prefills and instance not in self.leaving
+        row["decodes"] = role.decodes and instance not in self.leaving
+        row["serves"] = instance not in self.leaving
+
+    def set_leaving(self, instance: int) -> None:
+        """Nothing may be sent there from now on."""
+        self.leaving.add(instance)
+        self.set_role(instance, self.roles[instance])
+
+    @property
+    def num_busy(self) -> int:
+        """Instances with any work."""
+        return int(np.count_nonzero(self.rows["num_queued"] + self.rows["num_decoding"]))
+
+    def choose(self, slot: int) -> None:
+        """Remember which of equals was taken last."""
+        self._num_chosen += 1
+        self.rows["chosen"][slot] = self._num_chosen
+
+    def least(self, weight: NDArray[np.float64], allowed: NDArray[np.bool_]) -> int:
+        """The slot of the least weight among those allowed; ties: the one chosen least recently.
+
+        Raises `LookupError` if none is allowed.
+        """
+        masked = np.where(allowed, weight, np.inf)
+        best = masked.min(initial=np.inf)
+        if not np.isfinite(best):
+            raise LookupError("no instance serves this role")
+        equal = np.flatnonzero(masked <= best + 1e-12)
+        return int(equal[np.argmin(self.rows["chosen"][equal])])
+
+    # Tickets
+
+    def dispatched(self, ticket: Ticket, prefill_seconds: float, now: float) -> None:
+        """One more ticket; its prefill will take so long."""
+        slot = self.slot_by_instance.get(ticket.placement.prefill)
+        if slot is not None:
+            row = self.rows[slot]
+            if row["num_queued"] == 0:
+                row["since"] = now
+            row["num_queued"] += 1
+            row["queued_tokens"] += ticket.num_new_tokens
+            row["queued_pairs"] += ticket.num_new_pairs
+            fading = np.exp((row["pressure_at"] - now) / PRESSURE_SECONDS)
+            row["pressure"] = row["pressure"] * fading + prefill_seconds / PRESSURE_SECONDS
+            row["pressure_at"] = now
+        self._add_decoding(ticket, 1)
+
+    def first_token(self, ticket: Ticket, now: float) -> None:
+        """The prompt is computed, and the ticket decodes."""
+        self._leave_queue(ticket, now)
+        self._add_decoding(ticket, -1)
+        ticket.first_token_at = max(now, 1e-9)
+        self._add_decoding(ticket, 1)
+
+    def token(self, ticket: Ticket, lengths: OutputLengths) -> None:
+        """One more token of the answer has come."""
+        ticket.num_tokens += 1
+        longer = 0.0
+        if ticket.num_tokens >= ticket.expected_end:
+            rest = lengths.remaining(ticket.num_tokens, ticket.max_tokens)
+            longer = ticket.num_tokens + rest - ticket.expected_end
+            ticket.expected_end += longer
+        slot = self.slot_by_instance.get(ticket.decode)
+        if slot is not None:
+            self.rows["context"][slot] += 1
+            self.rows["remaining"][slot] += longer - 1
+
+    def decodes_at(self, ticket: Ticket, instance: int) -> None:
+        """It decodes elsewhere than was planned."""
+        self._add_decoding(ticket, -1)
+        ticket.decode = instance
+        self._add_decoding(ticket, 1)
+
+    def ended(self, ticket: Ticket, now: float) -> None:
+        """Nothing of it is left."""
+        if not ticket.first_token_at:
+            self._leave_queue(ticket, now)
+        self._add_decoding(ticket, -1)
+
+    def recount(self, tickets: Iterable[Ticket]) -> list[str]:
+        """Where the rows differ from what the tickets add up to; for tests."""
+        again = Loads()
+        for row in self.rows:
+            again.join(int(row["instance"]), Role.MIXED, capacity=1, block_bytes=1)
+        for ticket in tickets:
+            if not ticket.first_token_at:
+                again.dispatched(ticket, 0.0, 0.0)
+            else:
+                again._add_decoding(ticket, 1)
+        names = ["num_queued", "queued_tokens", "queued_pairs", "num_incoming", "num_decoding"]
+        names += ["context", "remaining"]
+        return [
+            name for name in names if not np.allclose(self.rows[name], again.rows[name], atol=1e-6)
+        ]
+
+    def _leave_queue(self, ticket: Ticket, now: float) -> None:
+        slot = self.slot_by_instance.get(ticket.placement.prefill)
+        if slot is not None:
+            row = self.rows[slot]
+            row["since"] = now
+            row["num_queued"] -= 1
+            row["queued_tokens"] -= ticket.num_new_tokens
+            row["queued_pairs"] -= ticket.num_new_pairs
+
+    def _add_decoding(self, ticket: Ticket, sign: int) -> None:
+        slot = self.slot_by_instance.get(ticket.decode)
+        if slot is not None:
+            row = self.rows[slot]
+            row["num_decoding" if ticket.first_token_at else "num_incoming"] += sign
+            row["context"] += sign * (ticket.num_prompt_tokens + ticket.num_tokens)
+            row["remaining"] += sign * (ticket.expected_end - ticket.num_tokens)
