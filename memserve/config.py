@@ -75,6 +75,10 @@ class ServeConfig:
     max_num_seqs: int = _flag(64, "Most sequences that one worker runs at once.")
     max_num_batched_tokens: int = _flag(512, "Most tokens in one step of a worker.")
     max_num_queued_reqs: int = _flag(1024, "Most requests in the server; more are answered 503.")
+    slo_ttft: float | None = _flag(None, "Objective: milliseconds to the first token.")
+    slo_tpot: float | None = _flag(
+        None, "Objective: mean milliseconds per token after the first, in every answer."
+    )
     handover_timeout: float = _flag(
         2.0, "Seconds a prefilled request waits for room on its decode worker."
     )

@@ -23,6 +23,7 @@ from memserve.cluster.instance import InstancePlan
 from memserve.config import EngineConfig, ServeConfig, parse_size
 from memserve.errors import UsageError
 from memserve.frontend.service import ServerSettings
+from memserve.frontend.timeline import Slo
 from memserve.machine import available_memory, divide_cores, has_fast_bf16, usable_cores
 from memserve.model.prepared import PreparedModel, ProgressLine, prepare_in_child
 from memserve.paths import cache_dir
@@ -89,6 +90,10 @@ def check_ranges(config: ServeConfig) -> None:
     for name in ("handover_timeout", "shutdown_timeout"):
         if not 0 <= getattr(config, name) < math.inf:
             raise UsageError(f"--{name.replace('_', '-')} must be a number of seconds")
+    for name in ("slo_ttft", "slo_tpot"):
+        limit = getattr(config, name)
+        if limit is not None and not 0 < limit < math.inf:
+            raise UsageError(f"--{name.replace('_', '-')} must be a number of milliseconds")
     if not 0 < config.gpu_memory_utilization <= 1:
         raise UsageError("--gpu-memory-utilization must be above 0 and at most 1")
     if config.max_num_batched_tokens < config.max_num_seqs:
@@ -96,6 +101,11 @@ def check_ranges(config: ServeConfig) -> None:
             f"--max-num-batched-tokens {config.max_num_batched_tokens} must not be below "
             f"--max-num-seqs {config.max_num_seqs}: every sequence needs a token in a step"
         )
+
+
+def seconds(milliseconds: float | None) -> float | None:
+    """A limit that was given in milliseconds, None for none."""
+    return None if milliseconds is None else milliseconds / 1000
 
 
 def choose_dtype(config: ServeConfig) -> DType:
@@ -162,6 +172,7 @@ async def serving(
                 seed=config.seed,
                 api_keys=keys,
                 admin_api_key=config.admin_api_key,
+                slo=Slo(seconds(config.slo_ttft), seconds(config.slo_tpot)),
             )
             app = create_app(cluster, tokenizer, settings)
             runner = web.AppRunner(

@@ -17,9 +17,11 @@ import itertools
 
 from aiohttp import web
 from aiohttp.typedefs import Middleware
+from prometheus_client.registry import Collector
 
 from memserve import __version__
 from memserve.frontend.admin import admin_routes
+from memserve.frontend.collectors import InstanceCollector, MemoCollector, SchedulerCollector
 from memserve.frontend.completions import create_chat_completion, create_completion, read
 from memserve.frontend.keys import require_keys
 from memserve.frontend.metrics import Metrics
@@ -36,17 +38,33 @@ from memserve.frontend.service import (
 from memserve.openai.memo import ChatMemo
 from memserve.openai.plan import ServedModel, plan_detokenize, plan_tokenize
 from memserve.openai.responses import Detokenized, ModelCard, ModelList, Tokenized
+from memserve.scheduler.counters import Counters
 from memserve.tokens import Tokenizer
 
 
-def create_app(service: Service, tokenizer: Tokenizer, settings: ServerSettings) -> web.Application:
-    """The application that serves `service`; to be run with `handler_cancellation=True`."""
+def create_app(
+    service: Service,
+    tokenizer: Tokenizer,
+    settings: ServerSettings,
+    *,
+    counters: Counters | None = None,
+) -> web.Application:
+    """The application that serves `service`; to be run with `handler_cancellation=True`.
+
+    `counters` are the scheduler's, for /metrics.
+    """
     middlewares: list[Middleware] = [
         answer_errors,
         require_keys(settings.api_keys, settings.admin_api_key),
     ]
     app = web.Application(middlewares=middlewares, client_max_size=settings.max_body_bytes)
     memo = ChatMemo(settings.chat_memo_bytes)
+    collectors: list[Collector] = [
+        InstanceCollector(settings.model_name, lambda: service.instances),
+        MemoCollector(settings.model_name, memo),
+    ]
+    if counters is not None:
+        collectors.append(SchedulerCollector(settings.model_name, counters))
     app[FRONTEND] = Frontend(
         service=service,
         tokenizer=tokenizer,
@@ -59,9 +77,7 @@ def create_app(service: Service, tokenizer: Tokenizer, settings: ServerSettings)
             numbers=itertools.count(),
             memo=memo,
         ),
-        metrics=Metrics(
-            settings.model_name, settings.max_model_len, lambda: service.instances, memo
-        ),
+        metrics=Metrics(settings.model_name, settings.max_model_len, collectors, settings.slo),
         settings=settings,
         system_fingerprint=f"memserve-{__version__}",
     )

@@ -115,8 +115,34 @@ def test_cores_are_divided_among_the_workers(num_workers: int, shares: list[list
         ServeConfig(max_num_batched_tokens=8, max_num_seqs=9),
         ServeConfig(handover_timeout=float("nan")),
         ServeConfig(gpu_memory_utilization=1.5),
+        ServeConfig(slo_ttft=0),
+        ServeConfig(slo_tpot=float("inf")),
     ],
 )
 def test_numbers_that_make_no_sense_are_refused(config: ServeConfig) -> None:
     with pytest.raises(UsageError):
         launcher.check_ranges(config)
+
+
+def test_api_keys_come_from_the_flag_and_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("three\n\n  two \n")
+    assert launcher.read_keys(ServeConfig()) == ()
+    assert launcher.read_keys(ServeConfig(api_key="one, two")) == ("one", "two")
+    both = ServeConfig(api_key="one,two", api_key_file=str(file))
+    assert launcher.read_keys(both) == ("one", "two", "three")
+
+
+@pytest.mark.parametrize("text", ["", " \n\n", None])
+def test_a_server_that_was_to_have_keys_does_not_stand_open(
+    tmp_path: Path, text: str | None
+) -> None:
+    file = tmp_path / "keys"
+    if text is not None:
+        file.write_text(text)
+        with pytest.raises(UsageError, match="no API key"):
+            launcher.read_keys(ServeConfig(api_key=text))
+        with pytest.raises(UsageError, match="empty"):
+            launcher.read_keys(ServeConfig(admin_api_key=text))
+    with pytest.raises(UsageError):
+        launcher.read_keys(ServeConfig(api_key_file=str(file)))

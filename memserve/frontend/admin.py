@@ -13,7 +13,7 @@ from typing import Any
 from aiohttp import web
 
 from memserve.errors import InvalidRequest, Overloaded
-from memserve.frontend.metrics import InstanceView, kv_cache_usage
+from memserve.frontend.collectors import InstanceView, kv_cache_usage
 from memserve.frontend.service import FRONTEND, json_response
 
 INSTANCE = "/admin/instances/{number:[0-9]{1,9}}"

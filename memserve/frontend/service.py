@@ -13,7 +13,9 @@ from typing import ParamSpec, Protocol, TypeVar
 import msgspec
 from aiohttp import web
 
-from memserve.frontend.metrics import InstanceView, Metrics
+from memserve.frontend.collectors import InstanceView
+from memserve.frontend.metrics import Metrics
+from memserve.frontend.timeline import Slo
 from memserve.generation import Generator
 from memserve.messages import Inspection
 from memserve.openai.plan import ServedModel
@@ -92,6 +94,7 @@ class ServerSettings:
     admin_api_key: str | None = None
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
     chat_memo_bytes: int = DEFAULT_CHAT_MEMO_BYTES
+    slo: Slo = field(default_factory=Slo)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

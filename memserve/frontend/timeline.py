@@ -125,3 +125,28 @@ class Timeline:
     def duration(self) -> float | None:
         """Seconds from arrival to the end."""
         return None if self.end is None else self.seconds(Moment.ARRIVED, self.end)
+
+
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """The service level objectives: seconds to the first token, and mean seconds per token after."""
+
+    ttft: float | None = None
+    tpot: float | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """The objectives that are set, and `all` of them; none if none is set."""
+        given = [name for name, limit in (("ttft", self.ttft), ("tpot", self.tpot)) if limit]
+        return [*given, "all"] if given else []
+
+    def verdicts(self, life: Timeline) -> dict[str, bool]:
+        """Which of them a request has kept; every choice must, and a failed request keeps none."""
+        finished, first = life.end is Moment.FINISHED, life.time_to_first_token
+        slowest = max((times.per_output_token or 0.0 for times in life.choices.values()), default=0)
+        kept = {
+            "ttft": finished and first is not None and (self.ttft is None or first <= self.ttft),
+            "tpot": finished and (self.tpot is None or slowest <= self.tpot),
+        }
+        kept["all"] = all(kept.values())
+        return {name: kept[name] for name in self.names}

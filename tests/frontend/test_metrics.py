@@ -4,11 +4,12 @@ from collections.abc import Callable
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from memserve.frontend.metrics import Metrics, kv_cache_usage, one_two_five
-from memserve.frontend.timeline import Moment, Timeline
+from memserve.frontend.collectors import InstanceCollector, SchedulerCollector, kv_cache_usage
+from memserve.frontend.metrics import Metrics, one_two_five
+from memserve.frontend.timeline import Moment, Slo, Timeline
 from memserve.messages import EngineStats, TokenEvent
-from memserve.openai.memo import ChatMemo
 from memserve.pool.refs import TierStats
+from memserve.scheduler.counters import Counters
 from tests.fakes import FakeInstance
 
 INSTANCES = [
@@ -57,7 +58,9 @@ def scrape(metrics: Metrics) -> dict[tuple[str, ...], float]:
 
 @pytest.fixture
 def metrics() -> Metrics:
-    return Metrics("org/model", 1000, lambda: INSTANCES, ChatMemo(1 << 20))
+    return Metrics(
+        "org/model", 1000, [InstanceCollector("org/model", lambda: INSTANCES)], Slo(4.0, 1.0)
+    )
 
 
 def test_a_request_is_measured_from_its_timeline(metrics: Metrics) -> None:
@@ -79,6 +82,8 @@ def test_a_request_is_measured_from_its_timeline(metrics: Metrics) -> None:
     assert found["memserve:request_time_per_output_token_seconds_sum", frontend] == 1.5
     assert found["memserve:e2e_request_latency_seconds_sum", frontend] == 7
     assert found["memserve:request_decode_time_seconds_sum", frontend] == 3
+    assert found["memserve:request_admission_time_seconds_sum", frontend] == 1
+    assert found["memserve:request_prefill_time_seconds_sum", frontend] == 2
     assert found["memserve:prompt_tokens_total", frontend] == 12
     assert found["memserve:prompt_tokens_cached_total", frontend] == 8
     assert found["memserve:generation_tokens_total", frontend] == 3
@@ -136,7 +141,7 @@ def test_each_instance_has_its_series_read_at_the_time_of_the_scrape(metrics: Me
 
 
 def test_two_apps_do_not_share_a_registry(metrics: Metrics) -> None:
-    other = Metrics("org/model", 1000, list, ChatMemo(0))
+    other = Metrics("org/model", 1000, [], Slo())
     metrics.token_gap(1.0)
     assert scrape(other)["memserve:inter_token_latency_seconds_count", "frontend"] == 0
 
@@ -172,3 +177,52 @@ def test_length_buckets_stop_at_the_longest_sequence() -> None:
     assert one_two_five(100) == [1, 2, 5, 10, 20, 50, 100]
     assert one_two_five(99) == [1, 2, 5, 10, 20, 50]
     assert one_two_five(0) == [1]
+
+
+def served(metrics: Metrics, *, first: float, gap: float, end: Moment) -> None:
+    """A request of two choices; one has a single token, the other one's tokens come so far apart."""
+    times = iter([0.0, first, first, first, first + gap, first + 2 * gap, 99.0])
+    life = Timeline("r", on_gap=metrics.token_gap, clock=lambda: next(times))
+    life.token(0, 0, event(0))
+    life.token(0, 1, event(0))
+    life.token(0, 1, event(1))
+    life.token(0, 1, event(2))
+    life.stamp(end)
+    metrics.ended(life)
+
+
+def test_objectives_are_kept_by_every_choice_or_missed(metrics: Metrics) -> None:
+    def counted(outcome: str) -> list[float]:
+        found = scrape(metrics)
+        names = ("ttft", "tpot", "all")
+        return [found["memserve:slo_requests_total", "frontend", outcome, name] for name in names]
+
+    assert counted("kept") == counted("missed") == [0, 0, 0]
+    served(metrics, first=4.0, gap=1.0, end=Moment.FINISHED)
+    served(metrics, first=4.5, gap=0.5, end=Moment.FINISHED)
+    served(metrics, first=1.0, gap=1.5, end=Moment.FINISHED)
+    assert (counted("kept"), counted("missed")) == ([2, 2, 1], [1, 1, 2])
+    served(metrics, first=1.0, gap=0.5, end=Moment.FAILED)
+    served(metrics, first=1.0, gap=0.5, end=Moment.ABORTED)
+    assert (counted("kept"), counted("missed")) == ([2, 2, 1], [2, 2, 3])
+
+
+def test_only_objectives_that_are_set_are_judged() -> None:
+    metrics = Metrics("org/model", 1000, [], Slo(tpot=1.0))
+    served(metrics, first=50.0, gap=0.5, end=Moment.FINISHED)
+    found = {key: value for key, value in scrape(metrics).items() if "slo" in key[0] and value}
+    assert {key[-1] for key in found if key[0].endswith("_total")} == {"tpot", "all"}
+    assert Slo().names == []
+
+
+def test_the_schedulers_predictions_are_told_as_sums() -> None:
+    counters = Counters()
+    metrics = Metrics("org/model", 1000, [SchedulerCollector("org/model", counters)], Slo())
+    counters.ttft_error.add(predicted=1.5, actual=1.0)
+    counters.ttft_error.add(predicted=1.0, actual=1.0)
+    counters.num_decisions += 2
+    found = scrape(metrics)
+    assert found["memserve:prediction_relative_error_total", "frontend", "ttft"] == 0.5
+    assert found["memserve:predictions_total", "frontend", "ttft"] == 2
+    assert found["memserve:predictions_total", "frontend", "prefill"] == 0
+    assert found["memserve:scheduler_decisions_total", "frontend"] == 2

@@ -91,6 +91,22 @@ async def test_the_last_of_its_kind_can_not_leave() -> None:
         assert await answer(cluster, generation(0, range(9), 2)) == [oracle_answer(range(9), 2)]
 
 
+async def test_an_instance_gets_another_role_while_it_works() -> None:
+    async with rig(RigOptions(roles=(Role.PREFILL, Role.DECODE))) as cluster:
+        running = asyncio.create_task(answer(cluster, generation(0, range(9), 20)))
+        await asyncio.sleep(0)
+        cluster.set_role(0, "mixed")
+        cluster.set_role(1, "prefill")
+        assert [instance.name for instance in cluster.instances] == ["mixed-0", "prefill-1"]
+        assert await answer(cluster, generation(1, range(7), 5)) == [oracle_answer(range(7), 5)]
+        assert await running == [oracle_answer(range(9), 20)]
+        for role, match in (("prefill", "nobody"), ("king", "one of")):
+            with pytest.raises(InvalidRequest, match=match):
+                cluster.set_role(0, role)
+        with pytest.raises(NotFound):
+            cluster.set_role(2, "mixed")
+
+
 async def test_an_instance_that_joins_serves_and_the_first_may_leave() -> None:
     async with rig(RigOptions(roles=(Role.PREFILL, Role.DECODE), num_dram_blocks=64)) as cluster:
         prompt = [3] * (5 * BLOCK_SIZE)

@@ -1,0 +1,214 @@
+"""What others count, read when somebody scrapes: the instances, the chat memo, the scheduler.
+
+The instances' numbers come out of their latest heartbeat, one series per instance.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from memserve.messages import EngineStats
+from memserve.openai.memo import ChatMemo
+from memserve.scheduler.counters import Counters
+
+PREFIX = "memserve:"
+FRONTEND = "frontend"
+
+
+class InstanceView(Protocol):
+    """One instance as the metrics see it."""
+
+    @property
+    def number(self) -> int:
+        """Its number; label `engine`."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """Name for people, such as `prefill-0`."""
+        ...
+
+    @property
+    def epoch(self) -> int:
+        """Counts its lives."""
+        ...
+
+    @property
+    def leaving(self) -> bool:
+        """Whether it gets no new work."""
+        ...
+
+    @property
+    def role(self) -> str:
+        """What the scheduler sends to it; label `role`."""
+        ...
+
+    @property
+    def stats(self) -> EngineStats:
+        """Its latest counters and gauges."""
+        ...
+
+
+Instances = Callable[[], Sequence[InstanceView]]
+
+
+class InstanceCollector(Collector):
+    """The instances' own numbers, read when somebody scrapes."""
+
+    LABELS = ("model_name", "engine", "role")
+
+    def __init__(self, model_name: str, instances: Instances) -> None:
+        self._model_name = model_name
+        self._instances = instances
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: registering must not ask the instances."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        """One series per instance of every gauge and counter."""
+        stats = [
+            ((self._model_name, str(instance.number), instance.role), instance.stats)
+            for instance in self._instances()
+        ]
+        for name, text, read in GAUGES:
+            gauge = GaugeMetricFamily(PREFIX + name, text, labels=self.LABELS)
+            for labels, of_instance in stats:
+                gauge.add_metric(labels, read(of_instance))
+            yield gauge
+        for name, text, read in COUNTERS:
+            counter = CounterMetricFamily(PREFIX + name, text, labels=self.LABELS)
+            for labels, of_instance in stats:
+                counter.add_metric(labels, read(of_instance))
+            yield counter
+        yield self._blocks(stats)
+
+    def _blocks(self, stats: list[tuple[tuple[str, str, str], EngineStats]]) -> Metric:
+        blocks = GaugeMetricFamily(
+            PREFIX + "kv_blocks",
+            "KV blocks, by tier and state.",
+            labels=(*self.LABELS, "tier", "state"),
+        )
+        for labels, of_instance in stats:
+            for name, tier in (("hbm", of_instance.hbm), ("dram", of_instance.dram)):
+                if tier is not None:
+                    blocks.add_metric((*labels, name, "free"), tier.free)
+                    blocks.add_metric((*labels, name, "active"), tier.active)
+                    blocks.add_metric((*labels, name, "historical"), tier.historical)
+                    blocks.add_metric((*labels, name, "in_flight"), tier.in_flight)
+        return blocks
+
+
+class MemoCollector(Collector):
+    """The numbers of the chat memo, read when somebody scrapes."""
+
+    def __init__(self, model_name: str, memo: ChatMemo) -> None:
+        self._labels = (model_name, FRONTEND)
+        self._memo = memo
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: registering must not read."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        """Every counter and gauge."""
+        stats, names = self._memo.stats, ("model_name", "engine")
+        for name, text, count in (
+            ("chat_memo_queries", "Chats with an earlier answer.", stats.num_queries),
+            ("chat_memo_hits", "Chats whose earlier answer was remembered.", stats.num_hits),
+            ("chat_memo_tokens", "Prompt tokens taken as they were served.", stats.num_tokens),
+        ):
+            counter = CounterMetricFamily(PREFIX + name, text, labels=names)
+            counter.add_metric(self._labels, count)
+            yield counter
+        size = GaugeMetricFamily(PREFIX + "chat_memo_bytes", "Size of the memo.", labels=names)
+        size.add_metric(self._labels, stats.num_bytes)
+        yield size
+
+
+class SchedulerCollector(Collector):
+    """How well the scheduler's predictions came true, and what it decided."""
+
+    def __init__(self, model_name: str, counters: Counters) -> None:
+        self._labels = (model_name, FRONTEND)
+        self._counters = counters
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: registering must not read."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        """Errors as a sum and a count, so that the mean over any time can be asked for."""
+        counted, names = self._counters, ("model_name", "engine")
+        error = CounterMetricFamily(
+            PREFIX + "prediction_relative_error",
+            "Sum of |predicted - actual| / actual.",
+            labels=(*names, "time"),
+        )
+        number = CounterMetricFamily(
+            PREFIX + "predictions", "Predictions that were compared.", labels=(*names, "time")
+        )
+        for time, errors in (
+            ("prefill", counted.prefill_error),
+            ("ttft", counted.ttft_error),
+            ("jct", counted.jct_error),
+        ):
+            error.add_metric((*self._labels, time), errors.sum_relative)
+            number.add_metric((*self._labels, time), errors.num)
+        yield error
+        yield number
+        for name, text, count in (
+            ("scheduler_decisions", "Placements.", counted.num_decisions),
+            ("scheduler_decision_seconds", "Time they took.", counted.decision_seconds),
+            ("scheduler_colocated", "Requests decoded where prefilled.", counted.num_colocated),
+            ("scheduler_fetches", "Requests whose history is fetched.", counted.num_fetches),
+            ("scheduler_role_changes", "Roles changed by the planner.", counted.num_role_changes),
+        ):
+            counter = CounterMetricFamily(PREFIX + name, text, labels=names)
+            counter.add_metric(self._labels, count)
+            yield counter
+
+
+def kv_cache_usage(stats: EngineStats) -> float:
+    """Share of the arena, 0 to 1, that running requests and transfers hold.
+
+    Historical blocks count as free, as vLLM counts them: they go when the room is needed.
+    """
+    if stats.hbm is None or stats.hbm.total == 0:
+        return 0.0
+    return (stats.hbm.active + stats.hbm.in_flight) / stats.hbm.total
+
+
+Series = tuple[str, str, Callable[[EngineStats], float]]
+
+GAUGES: tuple[Series, ...] = (
+    ("num_requests_running", "Sequences in the running batch.", lambda s: s.num_running),
+    ("num_requests_waiting", "Sequences that wait to run.", lambda s: s.num_waiting),
+    ("num_requests_incoming", "Sequences to be handed over to here.", lambda s: s.num_incoming),
+    ("kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1.", kv_cache_usage),
+)
+
+COUNTERS: tuple[Series, ...] = (
+    ("num_preemptions", "Sequences that had to give way.", lambda s: s.num_preemptions),
+    ("prefix_cache_queries", "Prompt tokens looked up.", lambda s: s.num_queried_tokens),
+    ("prefix_cache_hits", "Prompt tokens found.", lambda s: s.num_cached_tokens),
+    ("engine_steps", "Steps run.", lambda s: s.num_steps),
+    ("engine_prefill_tokens", "Prompt tokens computed.", lambda s: s.num_prefill_tokens),
+    ("engine_decode_tokens", "Tokens decoded.", lambda s: s.num_decode_tokens),
+    ("pulls", "Copies started to take requests over.", lambda s: s.num_pulls),
+    ("pulled_blocks", "Blocks copied from other instances.", lambda s: s.num_pulled_blocks),
+    ("pulled_bytes", "Bytes copied from other instances.", lambda s: s.num_pulled_bytes),
+    ("fetched_blocks", "Cached blocks copied, not computed.", lambda s: s.num_fetched_blocks),
+    ("failed_fetches", "Fetches that found less than named.", lambda s: s.num_failed_fetches),
+    ("failed_pulls", "Copies whose source was gone.", lambda s: s.num_failed_pulls),
+    ("fetched_blocks", "Cached blocks had from other instances.", lambda s: s.num_fetched_blocks),
+    ("failed_fetches", "Fetches that found less than named.", lambda s: s.num_failed_fetches),
+    ("handovers", "Requests taken over from another instance.", lambda s: s.num_handovers),
+    ("declined_handovers", "Requests not taken over.", lambda s: s.num_declined),
+    ("swapped_out_blocks", "Blocks moved from HBM to DRAM.", lambda s: s.num_swapped_out_blocks),
+    ("swapped_in_blocks", "Blocks moved from DRAM to HBM.", lambda s: s.num_swapped_in_blocks),
+    ("swapped_bytes", "Bytes moved between the tiers.", lambda s: s.num_swapped_bytes),
+    ("evicted_blocks", "Historical blocks that had to go.", lambda s: s.num_evictions),
+)
