@@ -5,6 +5,7 @@ knows: index events, tokens, timed steps of heartbeats. Messages take no time.
 """
 
 from array import array
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -35,6 +36,8 @@ class Setting:
     handover_timeout: float = 2.0
     num_devices: int | None = None
     """Devices that the instances share in turn; None: one each."""
+    max_concurrency: int | None = None
+    """Requests that the clients send at once; those beyond wait unseen."""
 
 
 @dataclass(slots=True)
@@ -79,6 +82,7 @@ class SimulatedCluster:
         self._num_tickets = 0
         self._num_open = 0  # dialogues that have begun and not ended
         self._exhausted = False
+        self._held: deque[tuple[Dialogue, Request]] = deque()
         self._numbers = [0] * len(self.instances)  # of index events, by instance
         for instance, role in zip(self.instances, setting.roles, strict=True):
             self.scheduler.join(
@@ -120,9 +124,15 @@ class SimulatedCluster:
         if request is None:
             self._num_open -= 1
         elif request.think_time:
-            self.clock.at(
-                self.clock.now + request.think_time, lambda: self._send(dialogue, request)
-            )
+            due = self.clock.now + request.think_time
+            self.clock.at(due, lambda: self._hold_or_send(dialogue, request))
+        else:
+            self._hold_or_send(dialogue, request)
+
+    def _hold_or_send(self, dialogue: Dialogue, request: Request) -> None:
+        limit = self._setting.max_concurrency
+        if limit is not None and len(self._streams) >= limit:
+            self._held.append((dialogue, request))
         else:
             self._send(dialogue, request)
 
@@ -232,6 +242,9 @@ class SimulatedCluster:
             packed = stream.packed[:-4]
             prefill.deliver(lambda: prefill.arrivals.take_back(packed, "", owner.cache))
         self._next_turn(stream.dialogue)
+        limit = self._setting.max_concurrency
+        if limit is not None and self._held and len(self._streams) < limit:
+            self._send(*self._held.popleft())
 
     def published(self, ticket: int, num_blocks: int, *, complete: bool) -> None:
         """See `Outlet`."""

@@ -10,9 +10,13 @@ import msgspec
 from memserve.errors import UsageError
 from memserve.scheduler.interface import ContextCaching, FetchPolicy, RoutingPolicy
 from memserve.sim.costs import builtin_profiles
-from memserve.sim.experiment import SimulateOptions, simulate_all
+from memserve.sim.experiment import SimulateOptions, choose_profile, simulate_all
+from memserve.sim.grid import CellResult, render_grid, run_grid
 from memserve.sim.plot import plot, require_plotting
+from memserve.sim.routing import render_routing, routing_table
 from memserve.sim.table import render
+from memserve.sim.validation import read_run, render_validation
+from memserve.sim.validation import validate as run_validation
 from memserve.workloads import NAMES, Limits
 
 FILE = click.Path(path_type=Path, dir_okay=False)
@@ -80,10 +84,19 @@ FLAGS: tuple[Callable[[Callable[..., None]], Callable[..., None]], ...] = (
         help="Machine.",
     ),
     click.option("--cost-model", type=FILE, help="JSON of a profile of your own."),
+    click.option(
+        "--engine-report", type=FILE, help="JSON of scripts/bench_engine: measured steps."
+    ),
+    click.option(
+        "--threads", "num_threads", type=int, default=1, help="Which worker of that report."
+    ),
     click.option("--devices", "num_devices", type=int, help="Shared by the instances in turn."),
     click.option("--noise", type=click.FloatRange(min=0), help="Of step times, as a share."),
     click.option("--max-model-len", type=int, help="Longest prompt plus answer."),
     click.option("--seed", type=int, default=0, help="Of requests and noise."),
+    click.option("--grid", is_flag=True, help="The layout table: every fixed layout against cost."),
+    click.option("--routing", is_flag=True, help="The routing table, after the paper's Fig 15."),
+    click.option("--validate", type=FILE, help="Compare with a result of `memserve bench serve`."),
     click.option("--save-result", type=FILE, help="JSON file for the report."),
     click.option("--plot", "picture", type=FILE, help="PNG or SVG: TTFT, hit rate, load by rate."),
 )
@@ -106,6 +119,9 @@ def simulate(
     max_model_len: int | None,
     save_result: Path | None,
     picture: Path | None,
+    grid: bool,
+    routing: bool,
+    validate: Path | None,
     **values: Any,  # noqa: ANN401
 ) -> None:
     """Play a workload on simulated instances, under the scheduler that serves.
@@ -125,12 +141,39 @@ def simulate(
         limits=Limits(max_model_len=max_model_len),
         **values,
     )
-    report = simulate_all(options)
-    encoded = msgspec.json.encode(report)
+    if grid:
+        text, result = _grid(options)
+    elif routing:
+        text, result = _routing(options)
+    elif validate is not None:
+        text, result = _validation(options, validate)
+    else:
+        report = simulate_all(options)
+        text, result = render(report), report
+        if picture is not None:
+            plot(report, picture)
+    encoded = msgspec.json.encode(result)
     if save_result is not None:
         save_result.write_bytes(encoded + b"\n")
-    if picture is not None:
-        plot(report, picture)
-    click.echo(render(report))
+    click.echo(text)
     click.echo()
     click.echo(encoded.decode())
+
+
+def _grid(options: SimulateOptions) -> tuple[str, object]:
+    def progress(cell: CellResult) -> None:
+        click.echo(f"{cell.cell}: cost {cell.cost / cell.best:.2f}", err=True)
+
+    report = run_grid(num_requests=options.num_requests, seed=options.seed, progress=progress)
+    return render_grid(report), report
+
+
+def _routing(options: SimulateOptions) -> tuple[str, object]:
+    rows = routing_table(options, choose_profile(options), rate=options.rates[0])
+    return render_routing(rows), rows
+
+
+def _validation(options: SimulateOptions, path: Path) -> tuple[str, object]:
+    (layout, *_), (policy, *_) = options.layouts, options.policies
+    found = run_validation(read_run(path), options, choose_profile(options), layout, policy)
+    return render_validation(found), found

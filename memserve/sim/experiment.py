@@ -15,6 +15,7 @@ from memserve.scheduler.interface import (
     RoutingPolicy,
     SchedulerConfig,
 )
+from memserve.sim.calibration import calibrated
 from memserve.sim.cluster import Setting, simulate
 from memserve.sim.costs import Profile, builtin_profiles, load_profile
 from memserve.sim.dialogues import Dialogue, block_trace, is_block_trace, played
@@ -41,6 +42,10 @@ class SimulateOptions:
     block_size: int = 16
     profile: str = "cpu-demo"
     cost_model: Path | None = None
+    engine_report: Path | None = None
+    """Of `scripts/bench_engine`; takes the place of the profile's steps."""
+    num_threads: int = 1
+    """Which worker of that report."""
     num_devices: int | None = None
     noise: float | None = None
     seed: int = 0
@@ -78,6 +83,8 @@ def choose_profile(options: SimulateOptions) -> Profile:
         if options.profile not in known:
             raise UsageError(f"no profile {options.profile!r}: there are {', '.join(known)}")
         profile = known[options.profile]
+    if options.engine_report is not None:
+        profile = calibrated(options.engine_report, options.num_threads, profile)
     if options.noise is not None:
         profile = msgspec.structs.replace(profile, noise=options.noise)
     return profile
@@ -112,11 +119,15 @@ def simulate_all(options: SimulateOptions) -> Report:
         if not 0 < rate < math.inf:
             raise UsageError(f"a rate must be positive, not {rate}")
     runs = [
-        Run(layout=layout, policy=policy, rate=rate, figures=_figures(options, profile, run))
+        Run(
+            layout=layout,
+            policy=policy,
+            rate=rate,
+            figures=simulate_one(options, profile, layout, policy, rate),
+        )
         for rate in options.rates
         for layout in options.layouts
         for policy in options.policies
-        for run in [(layout, policy, rate)]
     ]
     return Report(
         workload=options.workload if options.trace is None else options.trace.name,
@@ -129,10 +140,24 @@ def simulate_all(options: SimulateOptions) -> Report:
     )
 
 
-def _figures(
-    options: SimulateOptions, profile: Profile, run: tuple[str, RoutingPolicy, float]
+def simulate_one(
+    options: SimulateOptions, profile: Profile, layout: str, policy: RoutingPolicy, rate: float
 ) -> Figures:
-    layout, policy, rate = run
+    """One layout under one policy at one rate."""
+    return play(options, profile, layout, policy, dialogues(options, rate))
+
+
+def play(
+    options: SimulateOptions,
+    profile: Profile,
+    layout: str,
+    policy: RoutingPolicy,
+    asked: Iterator[Dialogue],
+    *,
+    elastic: bool = True,
+    max_concurrency: int | None = None,
+) -> Figures:
+    """The figures of these dialogues. Raises `UsageError` if none fits the instances."""
     setting = Setting(
         profile=profile,
         roles=parse_layout(layout),
@@ -143,12 +168,13 @@ def _figures(
             routing_policy=policy,
             context_caching=options.context_caching,
             fetch_policy=options.fetch_policy,
-            elastic_roles=options.elastic_roles and policy == "cost",
+            elastic_roles=elastic and options.elastic_roles and policy == "cost",
         ),
         seed=options.seed,
         num_devices=options.num_devices,
+        max_concurrency=max_concurrency,
     )
-    outcomes = simulate(setting, dialogues(options, rate))
+    outcomes = simulate(setting, asked)
     if not outcomes.requests:
         raise UsageError("no request of the workload fits an instance's KV cache")
     return outcomes.figures()

@@ -56,6 +56,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     jct_p99: float
     hit_rate: float
     """Share of prompt tokens whose prefill was skipped."""
+    num_prompt_tokens: int
     prefilled_tokens: int
     output_tokens_per_s: float
     utilisation: list[float]
@@ -109,6 +110,7 @@ class Outcomes:
             jct_mean=float(jct.mean()),
             jct_p99=float(np.percentile(jct, 99)),
             hit_rate=sum(outcome.num_cached_tokens for outcome in requests) / num_prompt,
+            num_prompt_tokens=num_prompt,
             prefilled_tokens=sum(one.work.num_prefill_tokens for one in instances),
             output_tokens_per_s=sum(one.num_outputs for one in requests) / self.duration,
             utilisation=[one.work.busy / self.duration for one in instances],

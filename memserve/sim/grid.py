@@ -1,0 +1,227 @@
+"""The layout table: is placement by cost as good as the best fixed layout, wherever one looks?
+
+A cell is a workload's shape, a number of instances and a rate. In each, every fixed layout runs under
+the best of the simple policies, and `cost` with elastic roles runs from all mixed. A good scheduler is
+within `TOLERANCE` of the best fixed layout's mean JCT in every cell, and ahead of every fixed layout
+over all cells that have it. For that to mean anything, every fixed layout must win some cell by
+`MARGIN`: then no constant choice passes.
+
+What lets layouts win, in these cells as in earnest: a prompt chunk in a step makes all that decode
+there wait for it (so splitting wins where prompts are long and come often), the weights are read once
+for a whole batch, every cached context is read in each step (so the number of decode instances counts),
+and an instance that only prefills stands idle where prompts are few (so all mixed wins).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from memserve.scheduler.interface import RoutingPolicy
+from memserve.sim.costs import Profile, builtin_profiles
+from memserve.sim.experiment import SimulateOptions, simulate_one
+from memserve.sim.layouts import fixed_layouts
+from memserve.sim.outcome import Figures
+from memserve.sim.table import aligned
+from memserve.workloads import Limits
+
+TOLERANCE = 1.05
+MARGIN = 1.10
+SIMPLE: tuple[RoutingPolicy, ...] = ("prompt-tree", "least-load")
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A workload with its lengths scaled and its answers cut."""
+
+    name: str
+    workload: str
+    scale: float
+    max_output_len: int | None = None
+
+
+CHATS = Shape("chats", "sharegpt", 1)
+LONG_CHATS = Shape("long prompts, short answers", "sharegpt", 4, 32)
+DOCUMENTS = Shape("long documents", "loogle", 8)
+EXTRACTS = Shape("long documents, short answers", "loogle", 8, 32)
+AGENTS = Shape("agents", "react", 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """Where layouts are compared."""
+
+    shape: Shape
+    num_instances: int
+    rate: float
+    """Sessions started per second and instance."""
+
+    @property
+    def name(self) -> str:
+        """For the table."""
+        return f"{self.shape.name}, {self.num_instances} instances, {self.rate:g}/s each"
+
+
+GRID = tuple(
+    Cell(shape, num_instances, rate)
+    for num_instances in (2, 3, 4)
+    for shape, rates in (
+        (CHATS, (1.0, 6.0)),
+        (AGENTS, (1.0, 6.0)),
+        (LONG_CHATS, (1.0, 6.0)),
+        (DOCUMENTS, (0.5, 2.0, 4.0)),
+        (EXTRACTS, (1.0, 3.0, 4.0)),
+    )
+    for rate in rates
+)
+
+
+class CellResult(msgspec.Struct, frozen=True, kw_only=True):
+    """Mean JCTs of one cell, in seconds."""
+
+    cell: str
+    num_instances: int
+    fixed: dict[str, float]
+    """By layout, under the best simple policy."""
+    cost: float
+
+    @property
+    def best(self) -> float:
+        """Of the fixed layouts."""
+        return min(self.fixed.values())
+
+    def margin(self, layout: str) -> float:
+        """How many times as long the best other layout takes."""
+        others = [jct for other, jct in self.fixed.items() if other != layout]
+        return min(others) / self.fixed[layout]
+
+
+class GridReport(msgspec.Struct, frozen=True, kw_only=True):
+    """All cells, and what they say."""
+
+    profile: str
+    num_requests: int
+    seed: int
+    cells: list[CellResult]
+
+    @property
+    def layouts(self) -> list[str]:
+        """All fixed layouts of the grid."""
+        return list(dict.fromkeys(layout for cell in self.cells for layout in cell.fixed))
+
+    def best_margins(self) -> dict[str, float]:
+        """By layout: its widest margin over the other fixed layouts in any cell."""
+        return {
+            layout: max(cell.margin(layout) for cell in self.cells if layout in cell.fixed)
+            for layout in self.layouts
+        }
+
+    def shares(self) -> dict[str, float]:
+        """By layout: `cost`'s JCT as a share of its, in the geometric mean of its cells."""
+        return {
+            layout: _mean(
+                [cell.cost / cell.fixed[layout] for cell in self.cells if layout in cell.fixed]
+            )
+            for layout in self.layouts
+        }
+
+    def failures(self, layout: str | None = None) -> list[str]:
+        """The cells in which `cost`, or else a fixed layout, is out of tolerance."""
+        return [
+            cell.cell
+            for cell in self.cells
+            if (cell.cost if layout is None else cell.fixed.get(layout, 0.0))
+            > TOLERANCE * cell.best
+        ]
+
+
+def run_grid(
+    cells: Sequence[Cell] = GRID,
+    *,
+    num_requests: int = 300,
+    seed: int = 0,
+    profile: Profile | None = None,
+    progress: Callable[[CellResult], None] = lambda _: None,
+) -> GridReport:
+    """Simulate every cell; `progress` hears of each as it is done."""
+    machine = profile or builtin_profiles()["h100-8b"]
+    results = []
+    for cell in cells:
+        results.append(run_cell(cell, machine, num_requests, seed))
+        progress(results[-1])
+    return GridReport(profile=machine.name, num_requests=num_requests, seed=seed, cells=results)
+
+
+def run_cell(cell: Cell, profile: Profile, num_requests: int, seed: int) -> CellResult:
+    """Simulate one cell."""
+
+    def jct(layout: str, policy: RoutingPolicy) -> float:
+        return _simulate(cell, profile, num_requests, seed, layout, policy).jct_mean
+
+    return CellResult(
+        cell=cell.name,
+        num_instances=cell.num_instances,
+        fixed={
+            layout: min(jct(layout, policy) for policy in SIMPLE)
+            for layout in fixed_layouts(cell.num_instances)
+        },
+        cost=jct(f"{cell.num_instances}M", "cost"),
+    )
+
+
+def _simulate(
+    cell: Cell, profile: Profile, num: int, seed: int, layout: str, policy: RoutingPolicy
+) -> Figures:
+    options = SimulateOptions(
+        workload=cell.shape.workload,
+        num_requests=num,
+        seed=seed,
+        limits=Limits(scale=cell.shape.scale, max_output_len=cell.shape.max_output_len),
+    )
+    return simulate_one(options, profile, layout, policy, cell.rate * cell.num_instances)
+
+
+def render_grid(report: GridReport) -> str:
+    """Every cell as ratios to its best fixed layout, then the verdicts."""
+    rows = [
+        [
+            result.cell,
+            f"{result.best:.3f}",
+            *(
+                f"{result.fixed[layout] / result.best:.2f}" if layout in result.fixed else ""
+                for layout in report.layouts
+            ),
+            f"{result.cost / result.best:.2f}",
+        ]
+        for result in report.cells
+    ]
+    margins, shares = report.best_margins(), report.shares()
+    verdicts = [
+        [
+            layout,
+            f"{margins[layout]:.2f}",
+            f"{len(report.failures(layout))}",
+            f"{shares[layout]:.3f}",
+        ]
+        for layout in report.layouts
+    ]
+    failures = report.failures()
+    return "\n".join(
+        [
+            f"mean JCT as a multiple of the best fixed layout's, {report.profile}, seed {report.seed}",
+            "",
+            *aligned(["cell", "best, s", *report.layouts, "cost"], rows),
+            "",
+            *aligned(
+                ["layout", "best margin", "cells beyond 1.05", "cost / layout over its cells"],
+                verdicts,
+            ),
+            "",
+            f"cost is beyond {TOLERANCE} in {len(failures)} of {len(report.cells)} cells",
+        ]
+    )
+
+
+def _mean(ratios: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, ratios)) / len(ratios))
