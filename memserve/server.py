@@ -7,7 +7,7 @@ once. Starting the cluster, and listening, are the caller's.
     POST /v1/chat/completions  /v1/completions        memserve.frontend.completions
     GET  /v1/models  /v1/models/{id}  /version
     POST /tokenize  /detokenize
-    GET  /health     200, or 503 with the reasons
+    GET  /health  /ping     200, or 503 with the reasons
     GET  /metrics    Prometheus
     POST /reset_prefix_cache
     /admin/...                                        memserve.frontend.admin
@@ -92,6 +92,7 @@ def create_app(
             web.post("/tokenize", tokenize),
             web.post("/detokenize", detokenize),
             web.get("/health", health),
+            web.get("/ping", health),
             web.get("/version", version),
             web.get("/metrics", metrics),
             web.post("/reset_prefix_cache", reset_prefix_cache),
@@ -151,7 +152,7 @@ async def detokenize(request: web.Request) -> web.Response:
 
 
 async def health(request: web.Request) -> web.Response:
-    """GET /health: 200 when requests can be served, else 503 with the reasons."""
+    """GET /health and /ping: 200 when requests can be served, else 503 with the reasons."""
     if problems := request.app[FRONTEND].service.problems():
         return json_response({"status": "unhealthy", "problems": problems}, status=503)
     return json_response({"status": "ok"})

@@ -809,12 +809,14 @@ async def test_models_and_version_are_told(served: Served) -> None:
 
 
 async def test_health_tells_the_reasons_of_an_unhealthy_cluster(served: Served) -> None:
-    async with served.http.get(served.url + "/health") as response:
-        assert response.status == 200
-    served.generator.problem_list = ["worker decode-1 has died"]
-    async with served.http.get(served.url + "/health") as response:
-        assert response.status == 503
-        assert (await response.json())["problems"] == ["worker decode-1 has died"]
+    for path in ("/health", "/ping"):
+        served.generator.problem_list = []
+        async with served.http.get(served.url + path) as response:
+            assert response.status == 200
+        served.generator.problem_list = ["worker decode-1 has died"]
+        async with served.http.get(served.url + path) as response:
+            assert response.status == 503
+            assert (await response.json())["problems"] == ["worker decode-1 has died"]
 
 
 async def test_the_pool_can_be_inspected_and_its_history_dropped(served: Served) -> None:
@@ -920,6 +922,7 @@ async def test_the_administration_has_its_own_key_where_there_is_one(
         assert await asked(served, "GET", "/v1/models", "boss") == (401 if api_keys else 200)
         assert await asked(served, "GET", "/v1/models", None) == (401 if api_keys else 200)
         assert await asked(served, "GET", "/health", None) == 200
+        assert await asked(served, "GET", "/ping", None) == 200
 
 
 async def test_equal_request_ids_of_two_clients_do_not_meet(served: Served) -> None:

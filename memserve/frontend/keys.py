@@ -1,7 +1,7 @@
 """Who may come in: API keys, and the key of the administration.
 
 A key travels as `Authorization: Bearer KEY`. Every given key is compared with all known ones, each in
-constant time, so that the time of an answer tells nothing of them. /health is open to all. With an
+constant time, so that the time of an answer tells nothing of them. Health is told to all. With an
 admin key, /admin and /reset_prefix_cache take that key and no other.
 """
 
@@ -13,7 +13,7 @@ from aiohttp.typedefs import Handler, Middleware
 
 from memserve.errors import Unauthorized
 
-OPEN_PATHS = frozenset({"/health"})
+OPEN_PATHS = frozenset({"/health", "/ping"})
 """What answers without a key."""
 
 ADMIN_PATHS = ("/admin", "/reset_prefix_cache")

@@ -31,6 +31,10 @@ def test_a_worker_leaves_its_history_behind_and_another_joins(log: Path) -> None
             assert num_cached_tokens == (num_prompt_tokens - 1) // 16 * 16
         assert post(server, "/admin/instances?role=prefill") == {"name": "prefill-2"}
         assert len(server.workers()) == 2
+        shown = server.get("/admin/instances")["instances"]
+        assert [one["name"] for one in shown] == ["mixed-1", "prefill-2"]
+        assert [one["leaving"] for one in shown] == [False, False]
+        assert post(server, "/admin/instances/2/role?role=decode")["name"] == "decode-2"
         assert server.get("/health") == {"status": "ok"}
         assert ask(server, DOCUMENTS[0])[0] == first[0][0]
         assert_all_home(server)

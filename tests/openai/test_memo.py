@@ -218,6 +218,18 @@ def test_another_salt_or_another_way_to_encode_finds_nothing(
     assert model.memo.stats.num_hits == 0
 
 
+@pytest.mark.parametrize("extra", [{}, {"continue_final_message": True}])
+def test_an_answer_that_the_client_went_on_with_is_encoded_anew(
+    model: ServedModel, extra: dict[str, Any]
+) -> None:
+    # Its text begins like the remembered one, but what follows is no boundary: "ab" "c" is "abc".
+    serve(model, plan(model, ask()), [*model.tokenizer.encode("ab"), EOS])
+    messages = [*ask(), {"role": "assistant", "content": "abc"}]
+    usual = plan(new_model(model.tokenizer), messages, **extra).generations[0].prompt
+    assert plan(model, messages, **extra).generations[0].prompt == usual
+    assert model.memo.stats.num_hits == 0
+
+
 def test_history_that_the_client_rewrote_is_encoded_anew_and_counted(model: ServedModel) -> None:
     serve(model, plan(model, ask()), [*spelled(model.tokenizer, " abc "), EOS])
     usual = plan(new_model(model.tokenizer), then(ask(), "abc")).generations[0].prompt
