@@ -150,7 +150,10 @@ def test_a_sample_counts_the_pairs_of_a_chunk_with_what_comes_before_it(
     ]
 
 
-def test_calibration_times_prefills_and_decodes_and_leaves_no_trace(worker: HandEngine) -> None:
+def test_calibration_times_prefills_and_decodes_and_leaves_no_trace(
+    worker: HandEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "BUDGET_S", 100.0)
     worker.submit(1, [*range(9)])
     worker.finish(1)
     before, num_steps = held_by(worker.pool), worker.engine.stats().num_steps
