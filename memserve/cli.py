@@ -34,8 +34,9 @@ def flags(command: Callable[..., None]) -> Callable[..., None]:
     hints = typing.get_type_hints(ServeConfig)
     for field in reversed(dataclasses.fields(ServeConfig)):
         choices = field.metadata["choices"]
+        name = field.name.replace("_", "-")
         option = click.option(
-            f"--{field.name.replace('_', '-')}",
+            f"--{name}/--no-{name}" if hints[field.name] is bool else f"--{name}",
             field.name,
             default=field.default,
             type=click.Choice(choices) if choices else plain_type(hints[field.name]),

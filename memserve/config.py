@@ -88,6 +88,35 @@ class ServeConfig:
         "by layer while a chunk is computed.",
         choices=("chunk", "request", "layer"),
     )
+    routing_policy: str = _flag(
+        "cost",
+        "Who prefills a request: by turns, the least loaded, always the same for a session, whose "
+        "cache fits best, or where it ends first by a measured cost model.",
+        choices=("round-robin", "least-load", "session", "prompt-tree", "cost"),
+    )
+    context_caching: str = _flag(
+        "3",
+        "What is reused: nothing; prefill workers' history; decode workers' too; and what decode "
+        "workers computed comes back to prefill workers.",
+        choices=("off", "1", "2", "3"),
+    )
+    fetch_policy: str = _flag(
+        "cost",
+        "When a prompt's history is copied from another worker instead of computed.",
+        choices=("cost", "always", "never"),
+    )
+    elastic_roles: bool = _flag(
+        True, "Let workers change between prefill and decode with the load."
+    )
+    calibration: bool = _flag(
+        True, "Let workers time a few steps at start, if a policy is `cost`; takes some seconds."
+    )
+    slo_ttft: float | None = _flag(
+        None, "Time to the first token that requests should get, in milliseconds."
+    )
+    slo_tpot: float | None = _flag(
+        None, "Time for each further token that requests should get, in milliseconds."
+    )
     chat_template: str | None = _flag(None, "File with a Jinja chat template to use instead.")
     seed: int = _flag(0, "Base of the seeds given to requests that bring none.")
     shutdown_timeout: float = _flag(30.0, "Seconds that running requests get after SIGTERM.")

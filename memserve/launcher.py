@@ -28,7 +28,14 @@ from memserve.machine import available_memory, divide_cores, has_fast_bf16, usab
 from memserve.model.prepared import PreparedModel, ProgressLine, prepare_in_child
 from memserve.paths import cache_dir
 from memserve.pool.refs import DType
-from memserve.scheduler.placement import Policy, Role
+from memserve.scheduler.interface import (
+    ContextCaching,
+    FetchPolicy,
+    Role,
+    RoutingPolicy,
+    SchedulerConfig,
+)
+from memserve.scheduler.scheduler import Scheduler
 from memserve.server import create_app
 from memserve.tokens import Tokenizer
 
@@ -108,6 +115,21 @@ def seconds(milliseconds: float | None) -> float | None:
     return None if milliseconds is None else milliseconds / 1000
 
 
+def scheduler_config(config: ServeConfig) -> SchedulerConfig:
+    """What the operator chose of placement; times become seconds."""
+    return SchedulerConfig(
+        block_size=config.block_size,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_seqs=config.max_num_seqs,
+        routing_policy=msgspec.convert(config.routing_policy, RoutingPolicy),
+        context_caching=msgspec.convert(config.context_caching, ContextCaching),
+        fetch_policy=msgspec.convert(config.fetch_policy, FetchPolicy),
+        elastic_roles=config.elastic_roles,
+        slo_ttft=seconds(config.slo_ttft),
+        slo_tpot=seconds(config.slo_tpot),
+    )
+
+
 def choose_dtype(config: ServeConfig) -> DType:
     """Type of weights and KV cache: what was asked for, or the fastest that loses nothing."""
     if config.dtype == "auto":
@@ -151,9 +173,7 @@ def cache_bytes(config: ServeConfig, num_workers: int) -> int:
 
 
 @asynccontextmanager
-async def serving(
-    config: ServeConfig, prepared: PreparedModel, *, policy: Policy | None = None
-) -> AsyncIterator[Server]:
+async def serving(config: ServeConfig, prepared: PreparedModel) -> AsyncIterator[Server]:
     """A running server; leaving the context stops it and everything it started.
 
     Raises `UsageError` if it can't start: a port in use, too little memory, a model that the engine
@@ -163,7 +183,14 @@ async def serving(
     keys = read_keys(config)
     with listen(config.host, config.port) as sock:
         plans = plan_instances(config, prepared)
-        cluster = Cluster(plans, max_num_queued_reqs=config.max_num_queued_reqs, policy=policy)
+        by_cost = "cost" in (config.routing_policy, config.fetch_policy)
+        cluster = Cluster(
+            plans,
+            Scheduler(scheduler_config(config)),
+            max_num_queued_reqs=config.max_num_queued_reqs,
+            calibration=config.calibration and by_cost,
+            returns=config.context_caching == "3",
+        )
         async with cluster.running():
             settings = ServerSettings(
                 model_name=config.served_model_name or prepared.name,

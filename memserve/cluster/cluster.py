@@ -1,32 +1,33 @@
-"""The workers as one: spawns them, places requests, owns every stream until it ends.
+"""The workers as one: spawns them, places requests, hands on what workers say.
 
 A request enters through `generate`, an async context manager; leaving it, for whatever reason, makes
-every worker forget what is left of the request. The cluster decides who owns a ticket (see
-`memserve.messages`): tokens of anyone else, and tokens it has already, are dropped.
+every worker forget what is left of the request. Where it runs is the scheduler's decision, who owns a
+ticket that of `memserve.cluster.streams`.
 
 Runs on one event loop and imports no torch. It does not parse requests and does not see text.
 """
 
 import asyncio
-import itertools
 import logging
+import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, assert_never
 
-from memserve.cluster.elastic import drain, join, set_role
+from memserve.cluster.elastic import adapt_roles, drain, join, set_role
 from memserve.cluster.instance import Instance, InstancePlan, Spawn, spawn_process
+from memserve.cluster.knowledge import Knowledge
 from memserve.cluster.membership import Membership
+from memserve.cluster.pace import Pace
 from memserve.cluster.questions import Questions
-from memserve.cluster.stream import Stream
-from memserve.errors import ChannelClosed, InvalidRequest, Overloaded, RequestError, RequestFailed
+from memserve.cluster.returning import Returns
+from memserve.cluster.streams import Outlet, Stream, Streams
+from memserve.errors import ChannelClosed, InvalidRequest, Overloaded, RequestError
 from memserve.generation import ChoiceToken, Generation
 from memserve.messages import (
-    Abort,
     Calibrated,
     Declined,
-    Expect,
     Heartbeat,
     IndexEvents,
     Inspect,
@@ -38,16 +39,14 @@ from memserve.messages import (
     Ready,
     Rejected,
     ResetPrefixCache,
-    Settle,
     StartFailed,
-    Submit,
-    TokenEvent,
     Tokens,
     ToLauncher,
     Withdrawn,
 )
 from memserve.pool.remote import PoolReply, PoolRequest, RemotePool
-from memserve.scheduler.placement import LeastWork, Placement, Policy
+from memserve.scheduler.interface import Ask, Placement
+from memserve.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -58,33 +57,47 @@ INSPECT_TIMEOUT_S = 30.0
 class InstanceReport:
     """One instance's books, recounted, and how the launcher sees its load."""
 
+    number: int
     name: str
     inspection: Inspection
 
 
 class Cluster:
-    """Serves generations on a set of workers; implements `memserve.generation.Generator`."""
+    """Serves generations on a set of workers; implements `memserve.generation.Generator`.
+
+    With `calibration` workers time a few steps before their first request, for the scheduler. With
+    `returns` the KV of answers comes back to where their prompts were prefilled.
+    """
 
     def __init__(
         self,
         plans: list[InstancePlan],
+        scheduler: Scheduler,
         *,
         max_num_queued_reqs: int,
-        policy: Policy | None = None,
+        calibration: bool = False,
+        returns: bool = True,
         spawn: Spawn = spawn_process,
     ) -> None:
         self._members = Membership(plans, spawn)
         self.pool = RemotePool(self)
-        self._policy = policy or LeastWork(plans[0].engine.block_size)
+        self.scheduler = scheduler
+        self._calibration = calibration
+        self._knowledge = Knowledge(scheduler)
+        self.returns = Returns(
+            self.pool,
+            scheduler,
+            self.in_background,
+            block_size=plans[0].engine.block_size,
+            enabled=returns,
+        )
+        self._streams = Streams(scheduler, self._members.by_number, self.returns.ended)
         self._max_num_queued_reqs = max_num_queued_reqs
-        self._tickets = itertools.count(1)
-        self._streams: dict[int, Stream] = {}
         self._streams_by_request: dict[str, list[Stream]] = {}
+        self._pace = Pace()
         self._inspections: Questions[Inspection] = Questions()
         self._calls: Questions[PoolReply] = Questions()
         self._lost: dict[int, str] = {}
-        self._released = asyncio.Event()
-        """Set whenever an instance has one stream less to work on."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
@@ -94,9 +107,13 @@ class Cluster:
         Raises `UsageError` with the first worker's reason if any of them can't start.
         """
         await self._members.start_all()
-        for instance in self.instances:
-            self.in_background(self._read(instance))
         try:
+            for instance in self.instances:
+                self._admit_instance(instance)
+                self.in_background(self._read(instance))
+            if self._calibration:
+                await self._knowledge.calibrate(self.instances)
+            self.in_background(adapt_roles(self))
             yield self
         finally:
             tasks = list(self._tasks)
@@ -127,26 +144,37 @@ class Cluster:
     @asynccontextmanager
     async def generate(self, generation: Generation) -> AsyncIterator[AsyncIterator[ChoiceToken]]:
         """See `memserve.generation.Generator.generate`."""
-        placement = self._admit(generation)
-        outlet: asyncio.Queue[ChoiceToken | RequestError] = asyncio.Queue()
+        self._admit(generation)
+        ask = Ask(
+            prompt=generation.prompt,
+            max_tokens=generation.sampling.max_tokens,
+            salt=generation.cache_salt,
+            num_choices=generation.num_choices,
+            priority=generation.priority,
+            tenant=generation.tenant,
+            session=generation.session,
+        )
+        placement = self._place(ask)
+        outlet: Outlet = asyncio.Queue()
         streams: list[Stream] = []
         self._streams_by_request[generation.request_id] = streams
         try:
             streams.extend(
-                self._dispatch(generation, choice, placement, outlet)
+                self._streams.open(generation, choice, ask, placement, outlet)
                 for choice in range(generation.num_choices)
             )
             yield self._tokens(streams, outlet)
         finally:
             del self._streams_by_request[generation.request_id]
+            self._pace.left(time.monotonic())
             for stream in streams:
-                self._close(stream)
+                self._streams.close(stream)
 
     def abort_choice(self, generation: Generation, choice: int) -> None:
         """See `memserve.generation.Generator.abort_choice`."""
         for stream in self._streams_by_request.get(generation.request_id, ()):
             if stream.choice == choice:
-                self._close(stream)
+                self._streams.close(stream)
 
     async def inspect(self) -> list[InstanceReport]:
         """Every instance's books, recounted by itself."""
@@ -156,15 +184,14 @@ class Cluster:
                 *(self._inspections.ask(instance, Inspect) for instance in present)
             )
         return [
-            InstanceReport(instance.name, inspection)
+            InstanceReport(instance.number, instance.name, inspection)
             for instance, inspection in zip(present, found, strict=True)
         ]
 
     def reset_prefix_cache(self) -> None:
-        """Make every instance drop the history that no request is using."""
+        """Make every instance drop the history that no request is using; it tells what that was."""
         for instance in self.instances:
             instance.send(ResetPrefixCache())
-            self._policy.forget(instance.number)
 
     async def call(self, instance: int, request: PoolRequest) -> PoolReply:
         """See `memserve.pool.remote.Control.call`."""
@@ -192,38 +219,56 @@ class Cluster:
         """Start one more worker and let it serve. Raises `UsageError` if it can't start."""
         instance = await self._members.add(plan)
         self.in_background(self._read(instance))
+        timed = await self._knowledge.timed_steps(instance) if self._calibration else None
+        self._admit_instance(instance)
+        if timed is not None:
+            self._knowledge.learn(instance, timed)
         return instance
 
     async def release(self, instance: Instance) -> None:
         """Give an instance no new work, and return when what it has is done."""
         instance.leaving = True
-        while any(instance.number in stream.holders for stream in self._streams.values()):
-            self._released.clear()
-            await self._released.wait()
-
-    def learn(self, number: int, tokens: list[int], salt: str) -> None:
-        """An instance holds this prefix now; the policy should know."""
-        self._policy.learn(self._members.by_number[number].load, tokens, salt)
+        self.scheduler.set_leaving(instance.number)
+        await self._streams.released(instance)
 
     async def remove(self, instance: Instance) -> None:
         """Stop an instance that has no work, and let its peers forget it."""
-        self._policy.forget(instance.number)
+        self.scheduler.leave(instance.number)
+        self._knowledge.lose(instance)
         await self._members.remove(instance)
 
     def in_background(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         """Run something until it ends or the cluster does."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._background_ended)
         return task
+
+    def _background_ended(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("something in the background has failed", exc_info=error)
+
+    def _admit_instance(self, instance: Instance) -> None:
+        self.scheduler.join(
+            instance.number,
+            instance.role,
+            num_blocks=instance.num_blocks,
+            block_bytes=instance.block_bytes,
+            epoch=instance.epoch,
+        )
 
     # Requests
 
-    def _admit(self, generation: Generation) -> Placement:
+    def _admit(self, generation: Generation) -> None:
+        """Refuse what can't be served at all, or not now."""
         if self._lost:
             raise Overloaded("; ".join(self._lost.values()))
         if self.num_requests >= self._max_num_queued_reqs:
-            raise Overloaded(f"{self.num_requests} requests are queued already; try again later")
+            raise Overloaded(
+                f"{self.num_requests} requests are queued already; try again later",
+                retry_after=self._pace.wait(self.num_requests),
+            )
         if generation.request_id in self._streams_by_request:
             raise InvalidRequest(f"request id {generation.request_id!r} is in use")
         num_tokens = len(generation.prompt) + generation.sampling.max_tokens
@@ -232,51 +277,21 @@ class Cluster:
                 f"prompt and answer may take {num_tokens} tokens, but the KV cache of a worker "
                 f"holds {self.max_sequence_tokens}"
             )
-        loads = [instance.load for instance in self.instances if not instance.leaving]
-        return self._policy.place(generation.prompt, generation.cache_salt, loads)
 
-    def _dispatch(
-        self,
-        generation: Generation,
-        choice: int,
-        placement: Placement,
-        outlet: "asyncio.Queue[ChoiceToken | RequestError]",
-    ) -> Stream:
-        """Register one choice and send its work."""
-        prefill = self._members.by_number[placement.prefill]
-        decode = self._members.by_number[placement.decode]
-        ticket = next(self._tickets)
-        prompt, sampling, salt = generation.prompt, generation.sampling, generation.cache_salt
-        # The first choice computes the prompt, the others find it cached.
-        num_uncached = placement.num_uncached_tokens if choice == 0 else 1
-        stream = Stream(ticket, choice, num_uncached, prefill, decode, outlet, owner=prefill)
-        self._streams[ticket] = stream
-        prefill.load.num_prefill_tokens += num_uncached
-        decode.load.num_sequences += 1
-        if decode is not prefill:
-            stream.holders.add(decode.number)
-            decode.send(Expect(ticket, choice, prompt, sampling, salt))
-        stream.holders.add(prefill.number)
-        decode_on = None if decode is prefill else decode.number
-        prefill.send(Submit(ticket, choice, prompt, sampling, decode_on, salt))
-        return stream
+    def _place(self, ask: Ask) -> Placement:
+        """The scheduler's decision, timed."""
+        counters, start = self.scheduler.counters, time.perf_counter()
+        try:
+            return self.scheduler.place(ask, time.monotonic())
+        except LookupError as error:
+            raise Overloaded(str(error)) from None
+        finally:
+            counters.num_decisions += 1
+            counters.decision_seconds += time.perf_counter() - start
 
-    def _close(self, stream: Stream) -> None:
-        """Forget a stream and make the workers forget it too."""
-        if self._streams.pop(stream.ticket, None) is None:
-            return
-        if stream.num_tokens == 0:
-            stream.prefill.load.num_prefill_tokens -= stream.num_uncached_tokens
-        stream.decode.load.num_sequences -= 1
-        for number in stream.holders:
-            self._members.by_number[number].send(Abort(stream.ticket))
-        self._released.set()
-
-    async def _tokens(
-        self, streams: list[Stream], outlet: "asyncio.Queue[ChoiceToken | RequestError]"
-    ) -> AsyncIterator[ChoiceToken]:
+    async def _tokens(self, streams: list[Stream], outlet: Outlet) -> AsyncIterator[ChoiceToken]:
         """Tokens of all choices as they come, until every choice has ended."""
-        while not outlet.empty() or any(stream.ticket in self._streams for stream in streams):
+        while not outlet.empty() or any(map(self._streams.is_open, streams)):
             item = await outlet.get()
             if isinstance(item, RequestError):
                 raise item
@@ -301,9 +316,9 @@ class Cluster:
         reason = f"worker {instance.name} has died"
         logger.error("%s", reason)
         self._lost[instance.number] = reason
-        for stream in list(self._streams.values()):
-            if instance.number in stream.holders:
-                self._fail(stream, RequestFailed(reason))
+        self._streams.lose(instance, reason)
+        self.scheduler.leave(instance.number)
+        self._knowledge.lose(instance)
         self._inspections.lose(instance)
         self._calls.lose(instance)
 
@@ -311,82 +326,29 @@ class Cluster:
         match message:
             case Tokens(events):
                 for event in events:
-                    self._token(instance, event)
+                    self._streams.token(instance, event)
             case Published():
-                self._relay(message)
+                self._streams.published(message)
             case Pulled(ticket):
-                self._pulled(ticket)
+                self._streams.pulled(ticket)
             case Declined(ticket):
-                self._declined(instance, ticket)
+                self._streams.declined(instance, ticket)
             case Withdrawn(ticket):
-                self._withdrawn(ticket)
+                self._streams.withdrawn(ticket)
             case Rejected(ticket, reason):
-                self._rejected(ticket, reason)
-            case Heartbeat(stats):
-                instance.stats = stats
+                self._streams.rejected(ticket, reason)
+            case Heartbeat():
+                self._knowledge.beat(instance, message)
+            case IndexEvents():
+                self._knowledge.index_changed(instance, message)
+            case Calibrated():
+                self._knowledge.calibrated(message)
             case Inspection(query, stats):
                 instance.stats = stats
                 self._inspections.answer(query, message)
             case PoolAnswer(number, reply):
                 self._calls.answer(number, reply)
-            case Calibrated() | IndexEvents():
-                logger.debug("%s told of its steps or its index", instance.name)
             case Ready() | StartFailed():
                 raise AssertionError("a worker starts once")
             case _:
                 assert_never(message)
-
-    def _token(self, instance: Instance, event: TokenEvent) -> None:
-        stream = self._streams.get(event.ticket)
-        if stream is None or stream.owner is not instance or event.position != stream.num_tokens:
-            return  # of an aborted stream, or a token that the client has already
-        if stream.num_tokens == 0:
-            stream.prefill.load.num_prefill_tokens -= stream.num_uncached_tokens
-        stream.num_tokens += 1
-        stream.outlet.put_nowait(ChoiceToken(stream.choice, event))
-        if event.finish is not None:
-            stream.holders.discard(instance.number)
-            self._close(stream)
-
-    def _relay(self, message: Published) -> None:
-        stream = self._streams.get(message.ticket)
-        if stream is not None and stream.decode is not stream.prefill:
-            stream.decode.send(message)
-
-    def _pulled(self, ticket: int) -> None:
-        """The decode instance has the prompt: it owns the stream, unless the prompt was withdrawn."""
-        stream = self._streams.get(ticket)
-        if stream is not None and stream.decode is not stream.prefill:
-            stream.owner = stream.decode
-            stream.holders.discard(stream.prefill.number)
-            self._released.set()
-            stream.prefill.send(Settle(ticket, accepted=True))
-
-    def _declined(self, instance: Instance, ticket: int) -> None:
-        stream = self._streams.get(ticket)
-        if stream is not None and stream.decode is instance:
-            stream.holders.discard(instance.number)
-            self._decode_where_prefilled(stream)
-            stream.prefill.send(Settle(ticket, accepted=False))
-
-    def _withdrawn(self, ticket: int) -> None:
-        stream = self._streams.get(ticket)
-        if stream is not None and stream.owner is not stream.decode:
-            stream.holders.discard(stream.decode.number)
-            stream.decode.send(Abort(ticket))
-            self._decode_where_prefilled(stream)
-
-    def _decode_where_prefilled(self, stream: Stream) -> None:
-        self._released.set()
-        stream.decode.load.num_sequences -= 1
-        stream.prefill.load.num_sequences += 1
-        stream.decode = stream.prefill
-
-    def _rejected(self, ticket: int, reason: str) -> None:
-        stream = self._streams.get(ticket)
-        if stream is not None:
-            self._fail(stream, RequestFailed(reason))
-
-    def _fail(self, stream: Stream, error: RequestError) -> None:
-        stream.outlet.put_nowait(error)
-        self._close(stream)

@@ -8,7 +8,8 @@ its process ends. One that joins starts like the first ones did.
 import asyncio
 import dataclasses
 import logging
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+import time
+from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any, Protocol
 
 from memserve.cluster.instance import Instance, InstancePlan
@@ -24,16 +25,19 @@ from memserve.errors import (
 from memserve.messages import Inspection
 from memserve.pool.index import RadixIndex
 from memserve.pool.remote import Kind, RemotePool
-from memserve.scheduler.placement import Role
+from memserve.scheduler.interface import Role
+from memserve.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
+
+REPLAN_S = 1.0
 
 
 class Report(Protocol):
     """One instance's own numbers."""
 
     @property
-    def name(self) -> str:
+    def number(self) -> int:
         """Of the instance."""
         ...
 
@@ -47,6 +51,7 @@ class Members(Protocol):
     """What must be known of the cluster here."""
 
     pool: RemotePool
+    scheduler: Scheduler
 
     @property
     def instances(self) -> list[Instance]:
@@ -59,10 +64,6 @@ class Members(Protocol):
 
     async def release(self, instance: Instance) -> None:
         """Give it no new work, and return when what it has is done."""
-        ...
-
-    def learn(self, number: int, tokens: list[int], salt: str) -> None:
-        """This instance holds this prefix now."""
         ...
 
     async def remove(self, instance: Instance) -> None:
@@ -84,12 +85,8 @@ async def drain(cluster: Members, number: int) -> int:
     Goes on if its caller is cancelled. Raises NotFound, InvalidRequest if the others could not serve
     without it or it is leaving already, RequestFailed if it dies on the way.
     """
-    leaving = next((one for one in cluster.instances if one.number == number), None)
-    if leaving is None:
-        raise NotFound(f"there is no instance {number}")
-    rest = [one for one in cluster.instances if one is not leaving and not one.leaving]
-    roles = [one.role for one in rest]
-    if not any(role.prefills for role in roles) or not any(role.decodes for role in roles):
+    leaving = find(cluster, number)
+    if not serves([one.role for one in others(cluster, leaving)]):
         raise InvalidRequest(f"without {leaving.name} nobody would prefill, or nobody decode")
     if leaving.leaving:
         raise InvalidRequest(f"{leaving.name} is leaving already")
@@ -102,17 +99,15 @@ async def drain(cluster: Members, number: int) -> int:
 async def _leave(cluster: Members, leaving: Instance, done: "asyncio.Future[int]") -> None:
     try:
         await cluster.release(leaving)
-        reports = {report.name: report.inspection.stats for report in await cluster.inspect()}
+        reports = {report.number: report.inspection.stats for report in await cluster.inspect()}
         free = {
             one.number: dram.free
             for one in cluster.instances
-            if one.role.prefills and not one.leaving
-            if (dram := reports[one.name].dram) is not None
+            if one.role.prefills and not one.leaving and one.number in reports
+            if (dram := reports[one.number].dram) is not None
         }
         block_size = leaving.plan.engine.block_size
-        num_moved = await move_history(
-            cluster.pool, leaving.number, free, block_size, on_moved=cluster.learn
-        )
+        num_moved = await move_history(cluster.pool, leaving.number, free, block_size)
         await cluster.remove(leaving)
     except (ChannelClosed, PoolError, TimeoutError) as error:
         done.set_exception(RequestFailed(f"{leaving.name} could not be drained: {error}"))
@@ -128,9 +123,7 @@ async def join(cluster: Members, role: str) -> str:
 
     Raises InvalidRequest for an unknown role, RequestFailed with the reason if it can't start.
     """
-    if role not in [*map(str, Role)]:
-        raise InvalidRequest(f"role must be one of {', '.join(Role)}", param="role")
-    plan = dataclasses.replace(cluster.instances[0].plan, role=Role(role))
+    plan = dataclasses.replace(cluster.instances[0].plan, role=parse_role(role))
     try:
         return (await cluster.add(plan)).name
     except UsageError as error:
@@ -142,18 +135,51 @@ def set_role(cluster: Members, number: int, role: str) -> None:
 
     Raises NotFound, InvalidRequest for an unknown role, or if nobody would prefill or decode.
     """
-    instance = next((one for one in cluster.instances if one.number == number), None)
-    if instance is None:
-        raise NotFound(f"there is no instance {number}")
-    if role not in [*map(str, Role)]:
-        raise InvalidRequest(f"role must be one of {', '.join(Role)}", param="role")
-    others = [one for one in cluster.instances if one is not instance and not one.leaving]
-    roles = [Role(role), *(one.role for one in others)]
-    if not any(each.prefills for each in roles) or not any(each.decodes for each in roles):
+    instance, wanted = find(cluster, number), parse_role(role)
+    if not serves([wanted, *(one.role for one in others(cluster, instance))]):
         raise InvalidRequest(
             f"with {instance.name} as {role} nobody would prefill, or nobody decode"
         )
-    instance.load.role = Role(role)
+    _change_role(cluster, instance, wanted)
+
+
+async def adapt_roles(cluster: Members) -> None:
+    """Apply the role changes that the scheduler finds right, for ever."""
+    while True:
+        await asyncio.sleep(REPLAN_S)
+        for number, role in cluster.scheduler.replan(time.monotonic()):
+            _change_role(cluster, find(cluster, number), role)
+
+
+def _change_role(cluster: Members, instance: Instance, role: Role) -> None:
+    logger.info("%s: its role is %s from now on", instance.name, role)
+    instance.role = role
+    cluster.scheduler.set_role(instance.number, role)
+
+
+def find(cluster: Members, number: int) -> Instance:
+    """The instance of this number, or NotFound."""
+    for instance in cluster.instances:
+        if instance.number == number:
+            return instance
+    raise NotFound(f"there is no instance {number}")
+
+
+def others(cluster: Members, instance: Instance) -> list[Instance]:
+    """All that serve beside this one."""
+    return [one for one in cluster.instances if one is not instance and not one.leaving]
+
+
+def serves(roles: Sequence[Role]) -> bool:
+    """Whether instances of these roles can serve a request together."""
+    return any(role.prefills for role in roles) and any(role.decodes for role in roles)
+
+
+def parse_role(role: str) -> Role:
+    """A role by its name, or InvalidRequest."""
+    if role not in [*map(str, Role)]:
+        raise InvalidRequest(f"role must be one of {', '.join(Role)}", param="role")
+    return Role(role)
 
 
 async def move_history(
@@ -161,13 +187,11 @@ async def move_history(
     source: int,
     free_by_target: Mapping[int, int],
     block_size: int,
-    *,
-    on_moved: Callable[[int, list[int], str], None],
 ) -> int:
     """Move the cached prefixes of instance `source`; the number of blocks that found a place.
 
     `free_by_target` says how many DRAM blocks each of the others has free. Nothing may run on the
-    source meanwhile, so that what it names stays. `on_moved` hears of each target, tokens and salt.
+    source meanwhile, so that what it names stays.
     """
     free = {target: blocks for target, blocks in free_by_target.items() if blocks > 0}
     if not free:
@@ -189,7 +213,6 @@ async def move_history(
         except OutOfBlocks:  # it has filled up by itself meanwhile
             free[target] = 0
             continue
-        on_moved(target, tokens, prefix.salt)
         moved[target].insert(tokens, [None] * len(cached), prefix.salt)
         free[target] -= max(0, len(cached) - num_known)
     return sum(map(len, moved.values()))

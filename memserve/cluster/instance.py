@@ -23,7 +23,7 @@ from memserve.messages import (
     ToLauncher,
 )
 from memserve.pool.refs import Tier
-from memserve.scheduler.placement import Load, Role
+from memserve.scheduler.interface import Role
 
 STOP_TIMEOUT_S = 10.0
 
@@ -85,7 +85,8 @@ class Instance:
         self.epoch = epoch
         self.plan = plan
         self._spawn = spawn
-        self.load = Load(number, plan.role)
+        self.role = plan.role
+        """What the scheduler sends to it."""
         self.leaving = False
         """Whether it gets no new work."""
         self.stats = EngineStats()
@@ -96,32 +97,28 @@ class Instance:
         self._arena_descriptors: list[int] = []
 
     @property
-    def role(self) -> Role:
-        """What the scheduler sends to it."""
-        return self.load.role
-
-    @property
     def name(self) -> str:
         """Name for logs and metrics, such as `prefill-0`."""
         return f"{self.role}-{self.number}"
 
     @property
-    def num_cache_blocks(self) -> int:
-        """Blocks of its HBM arena."""
+    def num_blocks(self) -> list[int]:
+        """Blocks of each of its tiers, the fastest first."""
         assert self.ready is not None
-        return self.ready.arenas[Tier.HBM].layout.num_blocks
+        return [arena.layout.num_blocks for arena in self.ready.arenas]
 
     @property
-    def num_history_blocks(self) -> int:
-        """Blocks of all its tiers."""
+    def block_bytes(self) -> int:
+        """Bytes of one block of its HBM arena."""
         assert self.ready is not None
-        return sum(arena.layout.num_blocks for arena in self.ready.arenas)
+        return self.ready.arenas[Tier.HBM].layout.block_bytes
 
     @property
     def num_cache_tokens(self) -> int:
         """Tokens whose KV its HBM arena can hold."""
         assert self.ready is not None
-        return self.num_cache_blocks * self.ready.arenas[Tier.HBM].layout.block_size
+        layout = self.ready.arenas[Tier.HBM].layout
+        return layout.num_blocks * layout.block_size
 
     async def start(self) -> None:
         """Start the process and tell it what to run; `Ready` or `StartFailed` comes later."""

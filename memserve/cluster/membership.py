@@ -77,7 +77,6 @@ class Membership:
         await instance.start()
         await instance.wait_ready()
         assert instance.ready is not None
-        instance.load.num_cache_blocks = instance.num_history_blocks
         logger.info(
             "%s serves: %d tokens of KV cache, %s, %s attention",
             instance.name,

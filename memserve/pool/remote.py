@@ -182,6 +182,10 @@ class RemotePool:
         self._held.get(instance, set()).difference_update(destination or ())
         return _refs_of(await self._call(instance, pull))
 
+    async def settled(self, instance: int) -> None:
+        """Return when `instance` has handled everything that was sent to it before."""
+        await self._call(instance, Free([]))
+
     async def export(self, instance: int, num_blocks: int) -> list[Prefix]:
         """Up to `num_blocks` historical blocks of `instance` by prefix, the hottest first."""
         reply = await self._call(instance, Export(num_blocks))

@@ -1,0 +1,79 @@
+"""What workers tell of themselves, handed on to the scheduler: their indexes, steps and copies.
+
+A worker whose index can't be followed any more, because a message is missing, is asked for all of it,
+once until it answers.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+from memserve.cluster.instance import Instance
+from memserve.cluster.questions import Questions
+from memserve.messages import Calibrate, Calibrated, Heartbeat, IndexEvents, ReportIndex
+from memserve.pool.events import Cleared
+from memserve.scheduler.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+
+class Knowledge:
+    """Keeps the scheduler informed."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self._calibrations: Questions[Calibrated] = Questions()
+        self._reporting: set[int] = set()
+        """Instances that were asked to tell all of their index and have not begun."""
+
+    def index_changed(self, instance: Instance, told: IndexEvents) -> None:
+        """An instance's index has changed."""
+        if told.events and isinstance(told.events[0], Cleared):
+            self._reporting.discard(instance.number)
+        if instance.number in self._reporting:
+            return
+        if not self._scheduler.apply(instance.number, told):
+            logger.warning("%s: events of its index are missing; asking for all", instance.name)
+            self._reporting.add(instance.number)
+            instance.send(ReportIndex())
+
+    def beat(self, instance: Instance, heartbeat: Heartbeat) -> None:
+        """An instance tells its numbers."""
+        instance.stats = heartbeat.stats
+        if heartbeat.steps or heartbeat.copies:
+            self._scheduler.learn(instance.number, heartbeat.steps, heartbeat.copies)
+
+    def calibrated(self, told: Calibrated) -> None:
+        """An instance has timed some steps."""
+        self._calibrations.answer(told.query, told)
+
+    async def calibrate(self, instances: Sequence[Instance]) -> None:
+        """Let idle instances time steps: one by itself, then all of them at once.
+
+        Raises `ChannelClosed` if one of them dies of it.
+        """
+        self.learn(instances[0], await self.timed_steps(instances[0]))
+        if len(instances) > 1:
+            told = await asyncio.gather(*map(self.timed_steps, instances))
+            for instance, steps in zip(instances, told, strict=True):
+                self.learn(instance, steps)
+
+    async def timed_steps(self, instance: Instance) -> Calibrated:
+        """Let one instance time steps; nothing else runs on it meanwhile."""
+        return await self._calibrations.ask(instance, Calibrate)
+
+    def learn(self, instance: Instance, told: Calibrated) -> None:
+        """What an instance has timed."""
+        self._scheduler.learn(instance.number, told.steps, told.copies)
+        slowest = max((step.seconds for step in told.steps), default=0.0)
+        logger.info(
+            "%s has timed %d steps; the longest took %.0f ms",
+            instance.name,
+            len(told.steps),
+            1000 * slowest,
+        )
+
+    def lose(self, instance: Instance) -> None:
+        """An instance has gone."""
+        self._reporting.discard(instance.number)
+        self._calibrations.lose(instance)
