@@ -111,12 +111,6 @@ class ServeConfig:
     calibration: bool = _flag(
         True, "Let workers time a few steps at start, if a policy is `cost`; takes some seconds."
     )
-    slo_ttft: float | None = _flag(
-        None, "Time to the first token that requests should get, in milliseconds."
-    )
-    slo_tpot: float | None = _flag(
-        None, "Time for each further token that requests should get, in milliseconds."
-    )
     chat_template: str | None = _flag(None, "File with a Jinja chat template to use instead.")
     seed: int = _flag(0, "Base of the seeds given to requests that bring none.")
     shutdown_timeout: float = _flag(30.0, "Seconds that running requests get after SIGTERM.")

@@ -253,6 +253,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Copies started for handovers, each of many blocks; by layer one for each layer."""
     num_pulled_blocks: int = 0
     num_pulled_bytes: int = 0
+    num_returned_blocks: int = 0
+    """Of those, copied for the cache alone: decoded elsewhere, or history of one that has left."""
     num_failed_pulls: int = 0
     num_fetched_blocks: int = 0
     """Cached blocks of prompts copied from other instances instead of computed."""

@@ -11,7 +11,7 @@ from memserve.cli import cli
 from memserve.config import ServeConfig, parse_size, read_config_file
 from memserve.errors import UsageError
 from memserve.machine import divide_cores
-from memserve.scheduler.placement import Role
+from memserve.scheduler.interface import Role
 
 
 @pytest.fixture

@@ -133,6 +133,11 @@ class Cluster:
         return len(self._streams_by_request)
 
     @property
+    def num_streams(self) -> int:
+        """Choices that are being worked on now."""
+        return len(self._streams)
+
+    @property
     def max_sequence_tokens(self) -> int:
         """Longest prompt plus answer that fits the arena of every instance."""
         return min(instance.num_cache_tokens for instance in self.instances)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from memserve.cluster.instance import Instance
 from memserve.cluster.questions import Questions
+from memserve.errors import ChannelClosed, UsageError
 from memserve.messages import Calibrate, Calibrated, Heartbeat, IndexEvents, ReportIndex
 from memserve.pool.events import Cleared
 from memserve.scheduler.scheduler import Scheduler
@@ -50,7 +51,7 @@ class Knowledge:
     async def calibrate(self, instances: Sequence[Instance]) -> None:
         """Let idle instances time steps: one by itself, then all of them at once.
 
-        Raises `ChannelClosed` if one of them dies of it.
+        Raises `UsageError` if one of them dies of it.
         """
         self.learn(instances[0], await self.timed_steps(instances[0]))
         if len(instances) > 1:
@@ -59,8 +60,14 @@ class Knowledge:
                 self.learn(instance, steps)
 
     async def timed_steps(self, instance: Instance) -> Calibrated:
-        """Let one instance time steps; nothing else runs on it meanwhile."""
-        return await self._calibrations.ask(instance, Calibrate)
+        """Let one instance time steps; nothing else runs on it meanwhile.
+
+        Raises `UsageError` if it dies of it.
+        """
+        try:
+            return await self._calibrations.ask(instance, Calibrate)
+        except ChannelClosed:
+            raise UsageError(f"{instance.name} has died while it timed its first steps") from None
 
     def learn(self, instance: Instance, told: Calibrated) -> None:
         """What an instance has timed."""

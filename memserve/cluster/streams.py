@@ -59,6 +59,9 @@ class Streams:
         self._released = asyncio.Event()
         """Set whenever an instance has one stream less to work on."""
 
+    def __len__(self) -> int:
+        return len(self._streams)
+
     def open(
         self, generation: Generation, choice: int, ask: Ask, placement: Placement, outlet: Outlet
     ) -> Stream:

@@ -202,6 +202,7 @@ COUNTERS: tuple[Series, ...] = (
     ("pulled_bytes", "Bytes copied from other instances.", lambda s: s.num_pulled_bytes),
     ("fetched_blocks", "Cached blocks copied, not computed.", lambda s: s.num_fetched_blocks),
     ("failed_fetches", "Fetches that found less than named.", lambda s: s.num_failed_fetches),
+    ("returned_blocks", "Blocks copied back for the cache.", lambda s: s.num_returned_blocks),
     ("failed_pulls", "Copies whose source was gone.", lambda s: s.num_failed_pulls),
     ("fetched_blocks", "Cached blocks had from other instances.", lambda s: s.num_fetched_blocks),
     ("failed_fetches", "Fetches that found less than named.", lambda s: s.num_failed_fetches),

@@ -71,6 +71,8 @@ class PoolService:
         self._copies: dict[int, _Copy] = {}
         self.num_expired = 0
         self.num_pulled_blocks = 0
+        self.num_returned_blocks = 0
+        """Of those, copied to be cached here rather than leased."""
 
     def __len__(self) -> int:
         """Leased blocks and copies under way."""
@@ -97,6 +99,8 @@ class PoolService:
         self._pool.end_io(copy.new)
         num_good = (*verified, False).index(False)
         self.num_pulled_blocks += num_good
+        if copy.request.tokens is not None:
+            self.num_returned_blocks += num_good
         blocks = copy.known + copy.new[:num_good]
         try:
             reply = self._keep(copy, blocks, now)

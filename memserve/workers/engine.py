@@ -379,6 +379,7 @@ class Engine:
             num_pulls=self._arrivals.num_pulls,
             num_pulled_blocks=num_pulled,
             num_pulled_bytes=num_pulled * block_bytes,
+            num_returned_blocks=self._service.num_returned_blocks,
             num_failed_pulls=self._arrivals.num_failed_pulls,
             num_fetched_blocks=self._loads.num_fetched_blocks,
             num_failed_fetches=self._loads.num_failed_fetches,

@@ -18,7 +18,7 @@ import openai
 
 START_TIMEOUT_S = 100
 STOP_TIMEOUT_S = 30
-SMALL = ("--kv-cache-memory", "256M", "--port", "0")
+SMALL = ("--kv-cache-memory", "256M", "--port", "0", "--no-calibration", "--no-elastic-roles")
 
 
 @dataclass

@@ -7,7 +7,7 @@ from pathlib import Path
 from memserve.cluster.cluster import Cluster
 from memserve.cluster.instance import InstancePlan
 from memserve.config import EngineConfig
-from memserve.scheduler.placement import Role
+from memserve.scheduler.interface import Role
 from tests.e2e.greedy import assert_greedy
 from tests.model import tiny
 from tests.workers.rig import Crossing, answer, assert_all_home, generation
@@ -40,7 +40,7 @@ async def test_crossed_handovers_of_real_workers_never_get_stuck(tmp_path: Path)
         log_level="warning",
     )
     plans = [InstancePlan(role=Role.MIXED, cores=[core], engine=engine) for core in (0, 1)]
-    cluster = Cluster(plans, max_num_queued_reqs=NUM_REQUESTS, policy=Crossing())
+    cluster = Cluster(plans, Crossing(), max_num_queued_reqs=NUM_REQUESTS, returns=False)
     random_ = random.Random(0)
     prompts = [
         [random_.randrange(3, config.vocab_size) for _ in range(PROMPT_TOKENS)]

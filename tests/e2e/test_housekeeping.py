@@ -19,6 +19,7 @@ from memserve.config import ServeConfig
 from memserve.errors import UsageError
 from memserve.model.prepared import PreparedModel
 from tests.e2e.servers import SMALL, serve, shared_memory_files, wait_until_gone
+from tests.workers.rig import Crossing
 
 
 def refused(*arguments: str) -> str:
@@ -73,7 +74,7 @@ async def test_a_worker_that_can_not_start_ends_the_others(demo_model: PreparedM
     good, *_ = launcher.plan_instances(ServeConfig(kv_cache_memory="64M"), demo_model)
     bad_engine = msgspec.structs.replace(good.engine, weights="/nowhere/at/all")
     plans = [good, dataclasses.replace(good, engine=bad_engine)]
-    cluster = Cluster(plans, max_num_queued_reqs=1)
+    cluster = Cluster(plans, Crossing(), max_num_queued_reqs=1)
     with pytest.raises(UsageError, match="/nowhere/at/all"):
         async with cluster.running():
             raise AssertionError("it started")

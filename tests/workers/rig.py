@@ -29,7 +29,8 @@ from memserve.messages import Configure, Ready, SamplingParams
 from memserve.model.sampling import Sampled
 from memserve.model.step import LayerWritten
 from memserve.pool.refs import ArenaLayout, Encoding
-from memserve.scheduler.placement import Load, Placement, Policy, Role
+from memserve.scheduler.interface import Ask, Placement, Role, SchedulerConfig
+from memserve.scheduler.scheduler import Scheduler
 from memserve.workers import calibration
 from memserve.workers.engine import Engine
 from memserve.workers.link import Link
@@ -195,6 +196,18 @@ def held(memory: WorkerMemory, start: Callable[P, None], seconds: float) -> Call
     return start_later if seconds else start
 
 
+PLAIN = SchedulerConfig(
+    block_size=BLOCK_SIZE,
+    max_num_batched_tokens=16,
+    max_num_seqs=8,
+    routing_policy="prompt-tree",
+    context_caching="2",
+    fetch_policy="never",
+    elastic_roles=False,
+)
+"""Nothing moves that the test did not ask for."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RigOptions:
     """Shape of a rig's cluster."""
@@ -212,10 +225,13 @@ class RigOptions:
     before_layer: Callable[[int], None] | None = None
     """Called by every worker, on its own thread, before it computes a layer."""
     max_num_queued_reqs: int = 10_000
+    scheduler: SchedulerConfig = PLAIN
 
 
 @asynccontextmanager
-async def rig(options: RigOptions, policy: Policy | None = None) -> AsyncIterator[Cluster]:
+async def rig(
+    options: RigOptions, make_scheduler: Callable[[SchedulerConfig], Scheduler] = Scheduler
+) -> AsyncIterator[Cluster]:
     """A running cluster; at the end every block must be home and no worker may have failed."""
     engine = EngineConfig(
         weights="",
@@ -244,7 +260,11 @@ async def rig(options: RigOptions, policy: Policy | None = None) -> AsyncIterato
 
     plans = [InstancePlan(role=role, cores=[0], engine=engine) for role in options.roles]
     cluster = Cluster(
-        plans, max_num_queued_reqs=options.max_num_queued_reqs, policy=policy, spawn=spawn
+        plans,
+        make_scheduler(options.scheduler),
+        max_num_queued_reqs=options.max_num_queued_reqs,
+        returns=options.scheduler.context_caching == "3",
+        spawn=spawn,
     )
     try:
         async with cluster.running():
@@ -266,8 +286,7 @@ async def assert_all_home(cluster: Cluster) -> None:
             await asyncio.sleep(0.01)
     for report in reports:
         assert report.problems == []
-    for instance in cluster.instances:
-        assert (instance.load.num_prefill_tokens, instance.load.num_sequences) == (0, 0)
+    assert cluster.num_streams == 0
 
 
 def at_rest(stats: object) -> bool:
@@ -282,21 +301,17 @@ def at_rest(stats: object) -> bool:
     return not any(held)
 
 
-class Crossing:
+class Crossing(Scheduler):
     """Prefill on one, decode on the other, in turn."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: SchedulerConfig = PLAIN) -> None:
+        super().__init__(config)
         self._turn = 0
 
-    def place(self, prompt: list[int], salt: str, loads: Sequence[Load]) -> Placement:
+    def place(self, ask: Ask, now: float) -> Placement:
         self._turn += 1
-        return Placement(self._turn % 2, (self._turn + 1) % 2, len(prompt))
-
-    def forget(self, instance: int) -> None:
-        """It remembers nothing."""
-
-    def learn(self, load: Load, tokens: list[int], salt: str) -> None:
-        """It does not care what is cached where."""
+        prefill = self._turn % 2
+        return Placement(prefill=prefill, decode=1 - prefill, num_cached_tokens=0)
 
 
 def prompts(number: int, longest: int, seed: int = 0) -> list[list[int]]:

@@ -10,7 +10,7 @@ from memserve.cluster.instance import Instance
 from memserve.errors import InvalidRequest, Overloaded, RequestFailed
 from memserve.messages import TokenEvent
 from memserve.pool.refs import BlockRef
-from memserve.scheduler.placement import Role
+from memserve.scheduler.interface import Role
 from memserve.workers.copying import Copier
 from memserve.workers.link import CopyFailed, Event
 from memserve.workers.samples import Samples
@@ -99,7 +99,7 @@ async def test_crossed_handovers_in_tiny_arenas_never_get_stuck() -> None:
     """Two instances hand over to each other; each arena holds one request and a half."""
     num_blocks = (24 + 12) // BLOCK_SIZE * 3 // 2
     options = RigOptions(roles=TWO_MIXED, num_blocks=num_blocks, handover_timeout=0.02)
-    async with rig(options, Crossing()) as cluster:
+    async with rig(options, Crossing) as cluster:
         asked = [(prompt * 24)[:24] for prompt in prompts(300, longest=24)]
         async with asyncio.timeout(60):
             answers = await asyncio.gather(
@@ -197,7 +197,7 @@ async def test_a_message_that_can_not_be_handled_leaves_nobody_waiting() -> None
     async with rig(RigOptions(roles=(Role.MIXED,), step_seconds=0.01)) as cluster:
         async with cluster.generate(generation(0, range(5), 200)) as tokens:
             await anext(tokens)
-            cluster._token = broken  # type: ignore[method-assign]
+            cluster._streams.token = broken  # type: ignore[method-assign]
             with pytest.raises(RequestFailed, match="mixed-0"):
                 [item async for item in tokens]
         assert cluster.problems() == ["worker mixed-0 has died"]

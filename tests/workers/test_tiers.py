@@ -8,7 +8,8 @@ import pytest
 from memserve.cluster.cluster import Cluster
 from memserve.messages import EngineStats
 from memserve.pool.refs import Encoding
-from memserve.scheduler.placement import Role
+from memserve.scheduler.interface import Role
+from memserve.scheduler.scheduler import Scheduler
 from tests.workers.rig import (
     SHAPE,
     Crossing,
@@ -75,7 +76,8 @@ async def test_every_answer_is_right_whatever_moves_between_the_tiers(
     asked = [
         [*random_.choice(documents), *prompt][:50] for prompt in prompts(60, longest=12, seed=2)
     ]
-    async with rig(options, Crossing() if roles == (Role.MIXED, Role.MIXED) else None) as cluster:
+    make_scheduler = Crossing if roles == (Role.MIXED, Role.MIXED) else Scheduler
+    async with rig(options, make_scheduler) as cluster:
         answers = await asyncio.gather(
             *(answer(cluster, generation(i, prompt, 9)) for i, prompt in enumerate(asked))
         )
