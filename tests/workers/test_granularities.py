@@ -18,7 +18,7 @@ from memserve.pool.mempool import MemPool
 from memserve.pool.progress import NativeProgress, StepProgress, load_native_progress
 from memserve.pool.refs import ArenaLayout
 from memserve.pool.transfer.memfd import MemfdTransfer
-from memserve.scheduler.placement import Role
+from memserve.scheduler.interface import Role
 from memserve.workers.copying import Copier
 from memserve.workers.link import CopyDone, Event
 from memserve.workers.samples import Samples
@@ -90,7 +90,7 @@ async def test_crossed_handovers_in_tiny_arenas_never_get_stuck(granularity: str
         handover_timeout=0.02,
         transfer_granularity=granularity,
     )
-    async with rig(options, Crossing()) as cluster:
+    async with rig(options, Crossing) as cluster:
         asked = [(prompt * 24)[:24] for prompt in prompts(150, longest=24)]
         async with asyncio.timeout(60):
             answers = await asyncio.gather(
