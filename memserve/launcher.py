@@ -201,7 +201,7 @@ async def serving(config: ServeConfig, prepared: PreparedModel) -> AsyncIterator
                 admin_api_key=config.admin_api_key,
                 slo=Slo(seconds(config.slo_ttft), seconds(config.slo_tpot)),
             )
-            app = create_app(cluster, tokenizer, settings, cluster.scheduler.counters)
+            app = create_app(cluster, tokenizer, settings, counters=cluster.scheduler.counters)
             runner = web.AppRunner(
                 app,
                 handler_cancellation=True,
