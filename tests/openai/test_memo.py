@@ -169,6 +169,7 @@ def test_only_tokens_of_the_text_that_was_seen_are_kept(
     ("answer", "fields"),
     [
         ([VOCAB_SIZE + 1], {"stop": "c"}),  # cut in the middle of the token abc
+        ([64, VOCAB_SIZE + 1], {"stop": "c"}),  # the same, later
         ([64, EOS, 65], {"ignore_eos": True}),  # shown without the special token
         ([HALF, 64], {}),  # half a character
         ([EOS], {}),  # nothing
