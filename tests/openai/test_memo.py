@@ -140,7 +140,7 @@ def test_with_the_memo_a_prompt_reads_as_without(tokenizer: Tokenizer) -> None:
             hits += model.memo.stats.num_hits - before
 
     check()
-    assert hits > 100
+    assert hits > 0
 
 
 @pytest.mark.parametrize(
