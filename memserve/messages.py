@@ -258,6 +258,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_failed_pulls: int = 0
     num_fetched_blocks: int = 0
     """Cached blocks of prompts copied from other instances instead of computed."""
+    num_fetched_bytes: int = 0
     num_failed_fetches: int = 0
     """Fetches that found less than was named."""
     num_handovers: int = 0

@@ -382,6 +382,7 @@ class Engine:
             num_returned_blocks=self._service.num_returned_blocks,
             num_failed_pulls=self._arrivals.num_failed_pulls,
             num_fetched_blocks=self._loads.num_fetched_blocks,
+            num_fetched_bytes=self._loads.num_fetched_blocks * block_bytes,
             num_failed_fetches=self._loads.num_failed_fetches,
             num_handovers=self._arrivals.num_handovers,
             num_declined=self._arrivals.num_declined,

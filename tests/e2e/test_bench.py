@@ -1,13 +1,18 @@
 """`memserve bench serve` as a user runs it, against a real server."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from tests.e2e.servers import SMALL, ServerProcess, assert_all_home, serve
+from memserve.bench.comparing import Options, run
+from memserve.bench.plans import Case, Plan, Variant
+from memserve.workloads import Workload
+from memserve.workloads.synthetic import RandomLengths
+from tests.e2e.servers import SMALL, ServerProcess, assert_all_home, children, serve
 
 TIMEOUT_S = 90
 
@@ -34,10 +39,10 @@ def test_a_load_is_sent_and_reported(disaggregated: ServerProcess, tmp_path: Pat
         *("--request-rate", "4", "--goodput", "ttft:60000", "--save-detailed"),
         *("--result-dir", str(tmp_path), "--result-filename", "result.json"),
     )
-    run = subprocess.run(command, check=False, capture_output=True, text=True, timeout=TIMEOUT_S)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stderr == ""
-    assert "Successful requests:                     8\n" in run.stdout
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    assert "Successful requests:                     8\n" in done.stdout
     body = json.loads((tmp_path / "result.json").read_text())
     assert body["completed"] == 8
     assert body["answer_ids"] == "server"
@@ -59,9 +64,9 @@ def test_a_chat_load_is_sent_and_reported(disaggregated: ServerProcess) -> None:
         *("--endpoint", "/v1/chat/completions", "--dataset-name", "react", "--scale", "0.05"),
         *("--num-prompts", "4", "--max-concurrency", "2"),
     )
-    run = subprocess.run(command, check=False, capture_output=True, text=True, timeout=TIMEOUT_S)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "Maximum request concurrency:             2\n" in run.stdout
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Maximum request concurrency:             2\n" in done.stdout
 
 
 def test_a_server_that_dies_fails_the_benchmark(log: Path) -> None:
@@ -71,11 +76,43 @@ def test_a_server_that_dies_fails_the_benchmark(log: Path) -> None:
             *("--dataset-name", "random", "--random-input-len", "50", "--num-prompts", "6"),
             *("--random-output-len", "7000", "--num-warmups", "0"),
         )
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as client:
             wait_until_running(server, 6)
             server.process.kill()
-            output, _ = run.communicate(timeout=TIMEOUT_S)
-    assert run.returncode == 1
+            output, _ = client.communicate(timeout=TIMEOUT_S)
+    assert client.returncode == 1
     assert "Successful requests:                     0\n" in output
     assert "Failed requests:                         6\n" in output
     assert re.search(r"\d x connection: ", output)
+
+
+def test_a_started_server_is_compared_with_one_that_runs(disaggregated: ServerProcess) -> None:
+    plan = Plan(
+        name="two",
+        variants=(
+            Variant(name="ours", flags=("--mixed", "2")),
+            Variant(name="running", url=disaggregated.url),
+        ),
+        cases=(
+            Case(
+                name="short",
+                workload=Workload(
+                    name="random",
+                    num_requests=2,
+                    random=RandomLengths(input_len=60, output_len=4),
+                ),
+            ),
+        ),
+        repeats=2,
+        baseline="running",
+    )
+    before = children(os.getpid())
+    report = run(Options(plan=plan, model=None, quick=True, seed=1))
+    assert children(os.getpid()) == before
+    ours, other = report.cells
+    for one, two in zip(ours.runs, other.runs, strict=True):
+        assert (one.failed, two.failed) == (0, 0)
+        assert one.prefilled_tokens
+        assert two.prefilled_tokens
+        assert two.moved_bytes  # from the prefill worker to the decode worker
+    assert ours.ratio.low <= ours.ratio.median <= ours.ratio.high

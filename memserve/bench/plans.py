@@ -1,0 +1,126 @@
+"""The comparisons that docs/BENCHMARKS.md shows, as data: which servers, which loads, what to judge by.
+
+All run the demo model on two cores. Lengths are cut so that a load of some ten seconds has enough
+requests: the shapes stay, and shared prefixes keep their share of a prompt.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+from memserve.workloads import Limits, Workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One server: started with these flags of `memserve serve`, or, with a URL, one that runs."""
+
+    name: str
+    flags: tuple[str, ...] = ()
+    url: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One load that every variant gets; of its workload the seed changes with each repeat."""
+
+    name: str
+    workload: Workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is compared."""
+
+    name: str
+    variants: tuple[Variant, ...]
+    cases: tuple[Case, ...]
+    repeats: int
+    baseline: str | None
+    """Name of the variant that ratios are to; None: in each case the best of `fixed`."""
+    fixed: tuple[str, ...] = ()
+    """Variants that may be the baseline."""
+
+
+COMMON = ("--kv-cache-memory", "512M", "--max-model-len", "4096", "--log-level", "warning")
+"""Flags of every server that is started."""
+
+CHATS = Limits(scale=0.5, max_output_len=48)
+DOCUMENTS = Limits(scale=0.5)
+AGENTS = Limits(scale=0.5, max_output_len=48)
+
+
+def ablation() -> Plan:
+    """The paper's four designs of context caching, on one prefill and one decode worker."""
+    return Plan(
+        name="ablation",
+        variants=tuple(
+            Variant(
+                name=f"caching {design}",
+                flags=(
+                    *("--prefill", "1", "--decode", "1", "--no-elastic-roles"),
+                    *("--context-caching", design, "--fetch-policy", "always"),
+                ),
+            )
+            for design in ("off", "1", "2", "3")
+        ),
+        cases=(
+            _case("sharegpt", CHATS, rate=0.8, num_requests=18),
+            _case("loogle", DOCUMENTS, rate=1.5, num_requests=20),
+            _case("react", AGENTS, rate=0.5, num_requests=16),
+        ),
+        repeats=3,
+        baseline="caching off",
+    )
+
+
+def layouts() -> Plan:
+    """Fixed layouts beside placement by measured cost, at three rates of two workloads."""
+    fixed = (
+        Variant(name="2 mixed", flags=_fixed("--mixed", "2")),
+        Variant(name="1P1D", flags=_fixed("--prefill", "1", "--decode", "1")),
+    )
+    cost = Variant(name="cost", flags=("--mixed", "2", "--routing-policy", "cost"))
+    return Plan(
+        name="layouts",
+        variants=(*fixed, cost),
+        cases=(
+            *(
+                _case(f"sharegpt {rate}/s", CHATS, rate=rate, num_requests=number)
+                for rate, number in ((0.5, 10), (1.0, 18), (2.0, 26))
+            ),
+            *(
+                _case(f"loogle {rate}/s", DOCUMENTS, rate=rate, num_requests=number)
+                for rate, number in ((1.0, 10), (2.0, 20), (4.0, 30))
+            ),
+        ),
+        repeats=5,
+        baseline=None,
+        fixed=tuple(variant.name for variant in fixed),
+    )
+
+
+def _fixed(*roles: str) -> tuple[str, ...]:
+    return (*roles, "--no-elastic-roles", "--routing-policy", "prompt-tree")
+
+
+def _case(name: str, limits: Limits, *, rate: float, num_requests: int) -> Case:
+    workload = Workload(
+        name=name.partition(" ")[0], num_requests=num_requests, rate=rate, limits=limits
+    )
+    return Case(name=name, workload=workload)
+
+
+PLANS = {"ablation": ablation, "layouts": layouts}
+
+
+def quick(plan: Plan) -> Plan:
+    """The plan as a smoke test: the same servers, a handful of short requests, two repeats."""
+    limits = Limits(scale=0.05, max_output_len=8)
+    cases = tuple(
+        dataclasses.replace(
+            case,
+            workload=dataclasses.replace(case.workload, num_requests=4, rate=8.0, limits=limits),
+        )
+        for case in plan.cases
+    )
+    return dataclasses.replace(plan, cases=cases, repeats=2)
