@@ -72,6 +72,12 @@ class ServeConfig:
         "so twice as much in the same memory, slightly rounded.",
         choices=("auto", "int8"),
     )
+    cache_dir: str | None = _flag(
+        None,
+        "Folder that keeps history in files for later servers; it holds what users have sent, "
+        "readable by its owner only.",
+    )
+    cache_dir_size: str = _flag("16G", "Most bytes of the files in --cache-dir.")
     max_num_seqs: int = _flag(64, "Most sequences that one worker runs at once.")
     max_num_batched_tokens: int = _flag(512, "Most tokens in one step of a worker.")
     max_num_queued_reqs: int = _flag(1024, "Most requests in the server; more are answered 503.")
@@ -131,6 +137,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     dram_cache_bytes: int = 0
     """0: no DRAM tier."""
     dram_cache_encoding: Encoding = "plain"
+    cache_dir: str = ""
+    """Folder for history in files; empty: none."""
+    cache_dir_bytes: int = 0
+    model_id: str = ""
+    """Differs for models whose KV differs; what is kept in files goes by it."""
     max_num_seqs: int
     max_num_batched_tokens: int
     handover_timeout: float

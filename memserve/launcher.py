@@ -25,8 +25,10 @@ from memserve.errors import UsageError
 from memserve.frontend.service import ServerSettings
 from memserve.frontend.timeline import Slo
 from memserve.machine import available_memory, divide_cores, has_fast_bf16, usable_cores
+from memserve.model.identity import weights_digest
 from memserve.model.prepared import PreparedModel, ProgressLine, prepare_in_child
 from memserve.paths import cache_dir
+from memserve.pool.disk import prepare_folder
 from memserve.pool.refs import DType
 from memserve.scheduler.interface import (
     ContextCaching,
@@ -76,6 +78,9 @@ def plan_instances(config: ServeConfig, prepared: PreparedModel) -> list[Instanc
         kv_cache_bytes=cache_bytes(config, len(roles)),
         dram_cache_bytes=parse_size(config.dram_cache_memory, zero=True),
         dram_cache_encoding="int8" if config.dram_cache_dtype == "int8" else "plain",
+        cache_dir=history_folder(config),
+        cache_dir_bytes=parse_size(config.cache_dir_size),
+        model_id=model_id(config, prepared, max_model_len),
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         handover_timeout=config.handover_timeout,
@@ -170,6 +175,25 @@ def cache_bytes(config: ServeConfig, num_workers: int) -> int:
             f"{available / 2**30:.1f} GiB available"
         )
     return wanted
+
+
+def history_folder(config: ServeConfig) -> str:
+    """Where history is kept in files, ready for it; empty if it is kept nowhere."""
+    if config.cache_dir is None:
+        return ""
+    folder = Path(config.cache_dir).expanduser().absolute()
+    prepare_folder(folder)
+    return str(folder)
+
+
+def model_id(config: ServeConfig, prepared: PreparedModel, max_model_len: int) -> str:
+    """What KV in files depends on besides its layout; read only where any is kept.
+
+    Some models' positions are scaled by the longest text that is served.
+    """
+    if config.cache_dir is None:
+        return ""
+    return f"{weights_digest(Path(prepared.weights), cache_dir())} {max_model_len}"
 
 
 @asynccontextmanager

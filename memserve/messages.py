@@ -237,6 +237,20 @@ class Rejected(msgspec.Struct, frozen=True, tag=True):
     status: int
 
 
+class DiskStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Counters of one worker's history in files, since its start."""
+
+    num_read_blocks: int = 0
+    """Cached blocks of prompts read from files instead of computed."""
+    num_read_bytes: int = 0
+    num_written_blocks: int = 0
+    num_written_bytes: int = 0
+    num_dropped_blocks: int = 0
+    """Not written: the disk was too slow, or failed."""
+    num_bad_files: int = 0
+    """Torn, damaged or foreign; removed."""
+
+
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Counters (since start) and gauges of one worker."""
 
@@ -270,6 +284,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     hbm: TierStats | None = None
     dram: TierStats | None = None
     """None where there is no DRAM tier."""
+    disk: DiskStats | None = None
+    """None where no history is kept in files."""
 
 
 class StepSample(msgspec.Struct, frozen=True, array_like=True):

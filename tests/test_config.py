@@ -146,3 +146,20 @@ def test_a_server_that_was_to_have_keys_does_not_stand_open(
             launcher.read_keys(ServeConfig(admin_api_key=text))
     with pytest.raises(UsageError):
         launcher.read_keys(ServeConfig(api_key_file=str(file)))
+
+
+def test_history_is_kept_nowhere_unless_a_folder_is_named() -> None:
+    assert launcher.history_folder(ServeConfig()) == ""
+
+
+def test_a_folder_for_history_is_made(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "history"
+    assert launcher.history_folder(ServeConfig(cache_dir=str(folder))) == str(folder)
+    assert folder.is_dir()
+
+
+def test_a_folder_that_can_not_hold_history_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    config = ServeConfig(cache_dir=str(tmp_path / "file"))
+    with pytest.raises(UsageError, match=r"^can't keep history in --cache-dir .*/file: [^\n]+$"):
+        launcher.history_folder(config)

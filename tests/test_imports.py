@@ -17,7 +17,7 @@ LAYERS = [
     {"generation", "channel", "pool"},
     {"scheduler"},
     {"sim"},
-    {"model.prepared", "chat_template"},
+    {"model.prepared", "model.identity", "chat_template"},
     {"tokens"},
     {"model"},
     {"workers"},
@@ -31,8 +31,10 @@ LAYERS = [
 ]
 WORKER_ONLY = {"workers", "model", "pool"}
 SHARED = {
+    "model.identity",
     "model.prepared",
     "model.spec",
+    "pool.disk",
     "pool.events",
     "pool.refs",
     "pool.index",

@@ -9,7 +9,7 @@ from typing import Protocol
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from memserve.messages import EngineStats
+from memserve.messages import DiskStats, EngineStats
 from memserve.openai.memo import ChatMemo
 from memserve.scheduler.counters import Counters
 
@@ -181,6 +181,11 @@ def kv_cache_usage(stats: EngineStats) -> float:
     return (stats.hbm.active + stats.hbm.in_flight) / stats.hbm.total
 
 
+def disk(stats: EngineStats) -> DiskStats:
+    """The counters of history in files, all zero where there is none."""
+    return stats.disk or DiskStats()
+
+
 Series = tuple[str, str, Callable[[EngineStats], float]]
 
 GAUGES: tuple[Series, ...] = (
@@ -210,5 +215,11 @@ COUNTERS: tuple[Series, ...] = (
     ("swapped_out_blocks", "Blocks moved from HBM to DRAM.", lambda s: s.num_swapped_out_blocks),
     ("swapped_in_blocks", "Blocks moved from DRAM to HBM.", lambda s: s.num_swapped_in_blocks),
     ("swapped_bytes", "Bytes moved between the tiers.", lambda s: s.num_swapped_bytes),
+    ("disk_read_blocks", "Cached blocks had from files.", lambda s: disk(s).num_read_blocks),
+    ("disk_read_bytes", "Bytes had from files.", lambda s: disk(s).num_read_bytes),
+    ("disk_written_blocks", "Blocks written to files.", lambda s: disk(s).num_written_blocks),
+    ("disk_written_bytes", "Bytes written to files.", lambda s: disk(s).num_written_bytes),
+    ("disk_dropped_blocks", "Blocks not written in time.", lambda s: disk(s).num_dropped_blocks),
+    ("disk_bad_files", "Torn or damaged files.", lambda s: disk(s).num_bad_files),
     ("evicted_blocks", "Historical blocks that had to go.", lambda s: s.num_evictions),
 )

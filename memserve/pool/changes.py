@@ -1,4 +1,4 @@
-"""Tells one listener of every change of an instance's index, as `memserve.pool.events` demands.
+"""Tells listeners of every change of an instance's index, as `memserve.pool.events` demands.
 
 The pool calls `inserted`, `removed` and `moved` after it has changed the index; without a listener
 they do nothing. `everything` tells the whole index anew. Knows blocks by the pool's numbers and turns
@@ -19,35 +19,39 @@ Listener = Callable[[IndexEvent], None]
 
 @final
 class Changes:
-    """The changes of one pool's index, for at most one listener."""
+    """The changes of one pool's index, for those that listen."""
 
     def __init__(self, blocks: TieredBlocks, block_size: int) -> None:
         self._blocks = blocks
         self._stride = TOKEN_BYTES * block_size
-        self.listener: Listener | None = None
+        self.listeners: list[Listener] = []
 
     def inserted(self, salt: str, packed: bytes, path: Sequence[int], num_known: int) -> None:
         """The index holds `path` for the tokens `packed` now, all but the first `num_known` newly."""
-        if self.listener is not None and num_known < len(path):
+        if self.listeners and num_known < len(path):
             parent = path[num_known - 1] if num_known else None
             tokens = packed[self._stride * num_known : self._stride * len(path)]
             for event in self._runs(salt, parent, tokens, path[num_known:]):
-                self.listener(event)
+                self._tell(event)
 
     def removed(self, blocks: Sequence[int]) -> None:
         """The index has let go of these; what lay on a slower tier continued what lay on a faster."""
-        if self.listener is not None and blocks:
+        if self.listeners and blocks:
             for tier, places in sorted(self._by_tier(blocks).items(), reverse=True):
-                self.listener(Removed(tier, places))
+                self._tell(Removed(tier, places))
 
     def moved(self, new_by_old: Mapping[int, int], old: Sequence[int]) -> None:
         """The blocks `new_by_old[b]` of one tier have taken the places of the blocks b in `old`."""
-        if self.listener is None or not old:
+        if not self.listeners or not old:
             return
         for tier, sources in groupby(sorted(old), key=self._blocks.tier_of):
             left = list(sources)
             to, places, generations = self._located([new_by_old[block] for block in left])
-            self.listener(Moved(tier, self._located(left)[1], to, places, generations))
+            self._tell(Moved(tier, self._located(left)[1], to, places, generations))
+
+    def _tell(self, event: IndexEvent) -> None:
+        for listener in self.listeners:
+            listener(event)
 
     def everything(self, index: RadixIndex[int]) -> Iterator[IndexEvent]:
         """`Cleared`, then all of the index, every block after those that it continues."""

@@ -153,12 +153,13 @@ class GenerationTable:
         self._table = table
         self._view = table.data
         self._native = native
-        self._address = int(table.ctypes.data)
+        self.address = int(table.ctypes.data)
+        """Where the table lies in this process."""
 
     def bump(self, blocks: Sequence[int]) -> None:
         """These blocks have lost their content."""
         if self._native is not None:
-            self._native.bump(self._address, blocks)
+            self._native.bump(self.address, blocks)
             return
         for block in blocks:
             self._view[block] = (self._view[block] + 1) & GENERATION_MASK

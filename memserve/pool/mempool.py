@@ -89,7 +89,7 @@ class MemPool:
 
     def listen(self, listener: Listener) -> None:
         """Tell `listener` of every change of the index from now on, right after it."""
-        self._changes.listener = listener
+        self._changes.listeners.append(listener)
 
     def index_events(self) -> Iterator[IndexEvent]:
         """All of the index anew, `Cleared` first; nothing may change it meanwhile."""

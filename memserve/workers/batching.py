@@ -3,10 +3,10 @@
 A step takes the newest token of every decoding sequence and, with what is left of its token budget,
 chunks of prompts. A prompt is admitted when the pool has room for all of it, in the order that came
 with it, then by ticket; a sequence that can't grow takes blocks from the youngest claim, which
-computes again later what it lost (mostly a cache hit). A prompt whose history lies in DRAM or with
-another instance gets all its room at once and runs when the history is there (`fetching`). A prompt
-that shares a prefix with one that is being computed or loaded waits for it rather than computing the
-same blocks beside it.
+computes again later what it lost (mostly a cache hit). A prompt whose history lies in DRAM, with
+another instance or in files gets all its room at once and runs when the history is there
+(`fetching`). A prompt that shares a prefix with one that is being computed or loaded waits for it
+rather than computing the same blocks beside it.
 
 Knows blocks and tickets, no tensors and no messages.
 """
@@ -22,7 +22,7 @@ from memserve.errors import OutOfBlocks
 from memserve.pool.mempool import MemPool
 from memserve.pool.pending import Match, Swap
 from memserve.workers.claims import Claims
-from memserve.workers.fetching import Fetch, Loads
+from memserve.workers.fetching import Fetch, FileRead, Loads
 from memserve.workers.sequence import Sequence, Slice
 from memserve.workers.swapping import Swapper
 
@@ -108,9 +108,9 @@ class Batcher:
         """A swap was committed: run the sequence that waits for it, if nothing else is to come."""
         self._loaded(self._loads.swapped(swap))
 
-    def fetched(self, fetch: Fetch, num_good: int) -> None:
-        """A fetch has ended, its first `num_good` blocks verified: likewise."""
-        self._loaded(self._loads.fetched(fetch, num_good))
+    def fetched(self, copy: Fetch | FileRead, num_good: int) -> None:
+        """A copy has ended, its first `num_good` blocks verified: likewise."""
+        self._loaded(self._loads.fetched(copy, num_good))
 
     def _loaded(self, sequence: Sequence | None) -> None:
         if sequence is not None:

@@ -65,6 +65,7 @@ from memserve.workers.link import (
 )
 from memserve.workers.samples import Samples, step_sample
 from memserve.workers.sequence import Sequence, Slice
+from memserve.workers.storing import DiskStore
 from memserve.workers.swapping import StartSwap, Swapper
 
 logger = logging.getLogger(__name__)
@@ -101,6 +102,7 @@ class Engine:
         map_peer: Callable[[MapPeer | ReleasePeer], None],
         copy_within: CopyBlocks,
         samples: Samples,
+        store: DiskStore | None = None,
     ) -> None:
         self._config = config
         self._link = link
@@ -110,6 +112,7 @@ class Engine:
         self._samples = samples
         self._feed = IndexFeed(pool, link.send)
         self._progress = progress
+        self._store = store
         self._eos_token_ids = frozenset(config.eos_token_ids)
         self._map_peer = map_peer
         self._swapper = Swapper(pool, start_swap)
@@ -117,7 +120,7 @@ class Engine:
             pool, lambda number, reply: self._send(PoolAnswer(number, reply)), start_pull
         )
         claims = Claims(pool, self._swapper)
-        self._loads = Loads(pool, self._swapper, start_fetch)
+        self._loads = Loads(pool, self._swapper, start_fetch, store)
         self._batcher = Batcher(
             pool,
             claims,
@@ -246,6 +249,8 @@ class Engine:
                 self._answer(event)
             case ResetPrefixCache():
                 self._pool.reset()
+                if self._store is not None:
+                    self._store.clear()
             case Shutdown() | Hangup():
                 self._stopping = True
             case Configure():
@@ -392,4 +397,5 @@ class Engine:
             num_swapped_bytes=(pool.swapped_out + pool.swapped_in) * block_bytes,
             hbm=pool.hbm,
             dram=pool.dram,
+            disk=None if self._store is None else self._store.stats(),
         )

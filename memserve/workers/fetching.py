@@ -1,9 +1,10 @@
-"""Bytes on their way to sequences that hold room for them: from the own DRAM, from other instances.
+"""Bytes on their way to sequences that hold room for them: from own DRAM, from others, from files.
 
 A sequence is admitted with room for all of its prompt. What of that lies elsewhere is copied into the
-room in the background, from all its sources at once; when the last copy has ended, the sequence goes
-on from the end of the longest gapless prefix. What could not be had (a reference whose content has
-passed, a peer that has gone) is computed: a miss, never an error.
+room in the background, from all its sources at once: first what the own DRAM has, then what other
+instances were said to have, then what is found in files. When the last copy has ended, the sequence
+goes on from the end of the longest gapless prefix. What could not be had (a reference whose content
+has passed, a peer that has gone, a torn file) is computed: a miss, never an error.
 
 Contract: the destination of a copy is marked in flight from its start to its end, whatever becomes of
 the sequence, which may give up its room at any moment: then nobody hears of the copy. Knows blocks
@@ -12,7 +13,9 @@ and sequences, moves no bytes.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
+from memserve.pool.disk import Content
 from memserve.pool.mempool import MemPool
 from memserve.pool.pending import Swap
 from memserve.pool.refs import BlockRef
@@ -28,9 +31,31 @@ class Fetch:
     into: list[int]
 
 
-Copy = Swap | Fetch
+@dataclass(frozen=True, slots=True, eq=False)
+class FileRead:
+    """Blocks to be read out of files: `contents[i]` goes to block `into[i]` of HBM."""
+
+    contents: list[Content]
+    into: list[int]
+
+
+Copy = Swap | Fetch | FileRead
 StartFetch = Callable[[Fetch], None]
 """Copy in the background; `FetchDone` tells of its end."""
+
+
+class Files(Protocol):
+    """History in files: `memserve.workers.storing.DiskStore`."""
+
+    def find(
+        self, above: tuple[int, int] | None, salt: str, tokens: bytes, num_skipped: int
+    ) -> list[Content]:
+        """The blocks of `tokens`, which continue block `above`, that have a file, in a row."""
+        ...
+
+    def start_read(self, read: FileRead) -> None:
+        """Read in the background; `FetchDone` tells of its end."""
+        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -66,10 +91,13 @@ def num_blocks(copy: Copy) -> int:
 class Loads:
     """The sequences of one instance that wait for bytes, and the copies that bring them."""
 
-    def __init__(self, pool: MemPool, swapper: Swapper, start_fetch: StartFetch) -> None:
+    def __init__(
+        self, pool: MemPool, swapper: Swapper, start_fetch: StartFetch, files: Files | None
+    ) -> None:
         self._pool = pool
         self._swapper = swapper
         self._start_fetch = start_fetch
+        self._files = files
         self._loads: dict[int, Load] = {}  # by ticket
         self._load_by_copy: dict[Copy, Load] = {}
         self.num_fetched_blocks = 0
@@ -89,16 +117,22 @@ class Loads:
         the own blocks that come next.
         """
         load = Load(sequence)
-        start = sequence.num_computed // self._pool.block_size
+        num_hbm = sequence.num_computed // self._pool.block_size
+        num_own = num_hbm + len(in_dram)
+        own = [*sequence.blocks[:num_hbm], *in_dram]
         if in_dram:
-            into = list(sequence.blocks[start : start + len(in_dram)])
+            into = list(sequence.blocks[num_hbm:num_own])
             load.copies.append(self._swapper.load(in_dram, into))
-            start += len(in_dram)
-        if refs := self._wanted(sequence, start):
-            fetch = Fetch(refs, list(sequence.blocks[start : start + len(refs)]))
+        refs = self._wanted(sequence, num_own)
+        num_known = num_own + len(refs)
+        if refs:
+            fetch = Fetch(refs, list(sequence.blocks[num_own:num_known]))
             self._pool.begin_io(fetch.into)
             self._start_fetch(fetch)
             load.copies.append(fetch)
+        if contents := self._in_files(sequence, own, num_known):
+            into = list(sequence.blocks[num_known : num_known + len(contents)])
+            load.copies.append(self._start_read(FileRead(contents, into)))
         for copy in load.copies:
             self._load_by_copy[copy] = load
         if load.copies:
@@ -118,12 +152,34 @@ class Loads:
         """A swap was committed; the sequence that needs to wait no longer, if there is one."""
         return self._ended(swap, len(swap.destinations))
 
-    def fetched(self, fetch: Fetch, num_good: int) -> Sequence | None:
-        """A fetch has ended, its first `num_good` blocks verified; returns as `swapped` does."""
-        self._pool.end_io(fetch.into)
-        self.num_fetched_blocks += num_good
-        self.num_failed_fetches += num_good < len(fetch.into)
-        return self._ended(fetch, num_good)
+    def fetched(self, copy: Fetch | FileRead, num_good: int) -> Sequence | None:
+        """A copy has ended, its first `num_good` blocks verified; returns as `swapped` does."""
+        self._pool.end_io(copy.into)
+        if isinstance(copy, Fetch):
+            self.num_fetched_blocks += num_good
+            self.num_failed_fetches += num_good < len(copy.into)
+        return self._ended(copy, num_good)
+
+    def _start_read(self, read: FileRead) -> FileRead:
+        assert self._files is not None
+        self._pool.begin_io(read.into)
+        self._files.start_read(read)
+        return read
+
+    def _in_files(self, sequence: Sequence, own: list[int], num_known: int) -> list[Content]:
+        """What files hold of a sequence from block `num_known` on; `own` are those in the index."""
+        if self._files is None or not sequence.reuse:
+            return []
+        size = self._pool.block_size
+        above = None
+        if own:
+            above = (int(self._pool.tier_of(own[-1])), self._pool.place(own[-1]))
+        tokens = sequence.tokens[len(own) * size : self._end(sequence) * size].tobytes()
+        return self._files.find(above, sequence.cache_salt, tokens, num_known - len(own))
+
+    def _end(self, sequence: Sequence) -> int:
+        """Blocks that may be loaded: not that of the last token, which is computed."""
+        return (len(sequence.tokens) - 1) // self._pool.block_size
 
     def _ended(self, copy: Copy, num_good: int) -> Sequence | None:
         load = self._load_by_copy.pop(copy, None)
@@ -139,11 +195,10 @@ class Loads:
         return sequence
 
     def _wanted(self, sequence: Sequence, start: int) -> list[BlockRef]:
-        """References from block `start` on, without the block of the last token: that is computed."""
-        end = (len(sequence.tokens) - 1) // self._pool.block_size
+        """The references that came with a sequence, from block `start` on."""
         first = sequence.first_fetched_block
         if sequence.fetch and start < first:
             # What the own index held when this was planned has gone: nothing continues it.
             self.num_failed_fetches += 1
             sequence.fetch = []
-        return sequence.fetch[max(0, start - first) : max(0, end - first)]
+        return sequence.fetch[max(0, start - first) : max(0, self._end(sequence) - first)]

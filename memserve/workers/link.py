@@ -17,7 +17,7 @@ import msgspec
 from memserve.channel import Channel
 from memserve.messages import ToWorker
 from memserve.pool.pending import Swap
-from memserve.workers.fetching import Fetch
+from memserve.workers.fetching import Fetch, FileRead
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +54,9 @@ class SwapDone:
 
 @dataclass(frozen=True, slots=True)
 class FetchDone:
-    """A fetch has ended: the first `num_good` of its blocks are what was asked for."""
+    """A copy to a waiting sequence has ended: its first `num_good` blocks are what was asked for."""
 
-    fetch: Fetch
+    fetch: Fetch | FileRead
     num_good: int
 
 

@@ -4,9 +4,11 @@ Contract: made once the shape of a block is known; `announce` tells the launcher
 makes a peer's arena readable. `close` waits for copies under way and gives everything back.
 """
 
+import logging
 import os
 import queue
 import socket
+from pathlib import Path
 
 import msgspec
 
@@ -15,15 +17,20 @@ from memserve.config import EngineConfig
 from memserve.errors import UsageError
 from memserve.messages import MapPeer, ReleasePeer
 from memserve.pool.arena import Arena
-from memserve.pool.generations import load_native_blocks
+from memserve.pool.disk import BlockFiles
+from memserve.pool.generations import NativeBlocks, load_native_blocks
 from memserve.pool.mempool import MemPool
 from memserve.pool.progress import StepProgress, load_native_progress
 from memserve.pool.refs import ArenaDescriptor, ArenaLayout, Encoding, Tier
 from memserve.pool.transfer.memfd import MemfdTransfer
+from memserve.pool.transfer.own import OwnCopy
 from memserve.pool.transfer.tiers import TierCopy
 from memserve.workers.copying import Copier
 from memserve.workers.link import Event
 from memserve.workers.samples import Samples
+from memserve.workers.storing import DiskStore
+
+logger = logging.getLogger(__name__)
 
 
 class WorkerMemory:
@@ -60,10 +67,38 @@ class WorkerMemory:
             self.progress = StepProgress(self.hbm.progress_word, shape.num_layers, progress)
         self._transfer = MemfdTransfer(self.hbm, native, dram=self.dram, progress=progress)
         self.samples = Samples()
+        self.store = self._open_files(config, native, inbox) if config.cache_dir else None
         self.copier = Copier(
             self._transfer, tiers, inbox, self.samples, patience=config.handover_timeout
         )
         self._within = TierCopy(self.hbm, self.hbm, native)
+
+    def _open_files(
+        self,
+        config: EngineConfig,
+        native: NativeBlocks | None,
+        inbox: "queue.SimpleQueue[Event]",
+    ) -> DiskStore:
+        """History in files; where a tier rounds what it holds, they are kept apart from exact ones.
+
+        Blocks of such a tier are not written as they are.
+        """
+        layout = self.hbm.layout
+        files = BlockFiles(
+            Path(config.cache_dir),
+            model=f"{config.model_id} {config.dram_cache_encoding}",
+            layout=layout,
+            max_bytes=config.cache_dir_bytes,
+        )
+        copies = {
+            Tier(arena.descriptor.tier): OwnCopy(arena, native)
+            for arena in self._arenas
+            if arena.layout.encoding == layout.encoding
+        }
+        store = DiskStore(files, self.hbm, copies, inbox)
+        self.pool.listen(store.apply)
+        logger.info("history is kept in files of %d bytes in %s", files.file_bytes, files.folder)
+        return store
 
     @property
     def descriptors(self) -> list[ArenaDescriptor]:
@@ -96,6 +131,8 @@ class WorkerMemory:
     def close(self) -> None:
         """Wait for the copies under way, then give the memory back."""
         self.copier.close()
+        if self.store is not None:
+            self.store.close()
         for arena in self._arenas:
             arena.close()
 

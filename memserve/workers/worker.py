@@ -69,6 +69,7 @@ def serve(configure: Configure, link: Link, descriptors: socket.socket) -> None:
         map_peer=lambda message: memory.map_peer(message, descriptors),
         copy_within=memory.copy_within,
         samples=memory.samples,
+        store=memory.store,
     )
     memory.send_descriptors(descriptors)
     link.send(Ready(memory.descriptors, model.spec.dtype, model.attention))

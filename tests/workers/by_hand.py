@@ -29,7 +29,7 @@ from memserve.workers.link import Event, Link
 from memserve.workers.memory import WorkerMemory
 from tests.workers.rig import BLOCK_SIZE, SHAPE, OracleRunner, oracle_answer
 
-MAX_STEPS = 10_000
+MAX_IDLE = 20
 
 
 class KeptMessages:
@@ -47,7 +47,15 @@ class HandEngine:
     """One instance. While `hold` is set, fetches wait in `held`."""
 
     def __init__(
-        self, instance: int, *, num_blocks: int = 32, num_dram_blocks: int = 0, epoch: int = 1
+        self,
+        instance: int,
+        *,
+        num_blocks: int = 32,
+        num_dram_blocks: int = 0,
+        epoch: int = 1,
+        cache_dir: str = "",
+        cache_dir_bytes: int = 1 << 30,
+        model_id: str = "oracle",
     ) -> None:
         config = EngineConfig(
             weights="",
@@ -58,6 +66,9 @@ class HandEngine:
             block_size=BLOCK_SIZE,
             kv_cache_bytes=num_blocks * SHAPE.block_bytes,
             dram_cache_bytes=num_dram_blocks * SHAPE.block_bytes,
+            cache_dir=cache_dir,
+            cache_dir_bytes=cache_dir_bytes,
+            model_id=model_id,
             max_num_seqs=8,
             max_num_batched_tokens=16,
             handover_timeout=0.2,
@@ -85,6 +96,7 @@ class HandEngine:
             map_peer=self._forget_peer,
             copy_within=self.memory.copy_within,
             samples=self.memory.samples,
+            store=self.memory.store,
         )
 
     def submit(
@@ -97,6 +109,7 @@ class HandEngine:
         first: int = 0,
         order: float = 0.0,
         reuse: bool = True,
+        salt: str = "",
     ) -> None:
         """Send a prompt, with references of its blocks from number `first` on."""
         self.link.inbox.put(
@@ -107,6 +120,7 @@ class HandEngine:
                 sampling=SamplingParams(max_tokens=max_tokens, seed=0),
                 order=order,
                 reuse=reuse,
+                cache_salt=salt,
                 first_fetched_block=first,
                 fetch=list(fetch),
             )
@@ -140,24 +154,30 @@ class HandEngine:
         return bool(events) and events[-1].finish is not None
 
     def finish(self, *tickets: int) -> None:
-        """Step until these have ended."""
-        for _ in range(MAX_STEPS):
-            self.step()
-            if all(map(self.finished, tickets)):
-                return
-        raise AssertionError(f"{tickets} did not end")
+        """Step until these have ended; with nothing to compute, an engine waits for a copy."""
+        busy, idle = True, 0
+        while not all(map(self.finished, tickets)):
+            busy = self.engine.step(wait=not busy)
+            idle = 0 if busy else idle + 1
+            assert idle < MAX_IDLE, f"{tickets} did not end"
 
     def answers(self, prompt: Sequence[int], ticket: int, *, max_tokens: int = 3) -> bool:
         """Whether this ticket got the answer that any placement must give."""
         return self.tokens(ticket) == oracle_answer(prompt, max_tokens)
 
     def ask(
-        self, ticket: int, prompt: Sequence[int], *, fetch: Sequence[BlockRef] = (), first: int = 0
+        self,
+        ticket: int,
+        prompt: Sequence[int],
+        *,
+        max_tokens: int = 3,
+        fetch: Sequence[BlockRef] = (),
+        first: int = 0,
     ) -> int:
         """Submit, run to the end, check the answer; the number of cached tokens."""
-        self.submit(ticket, prompt, fetch=fetch, first=first)
+        self.submit(ticket, prompt, max_tokens=max_tokens, fetch=fetch, first=first)
         self.finish(ticket)
-        assert self.answers(prompt, ticket)
+        assert self.answers(prompt, ticket, max_tokens=max_tokens)
         return self.num_cached(ticket)
 
     def refs(self, prompt: Sequence[int]) -> list[BlockRef]:
