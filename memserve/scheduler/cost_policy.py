@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from memserve.scheduler.cost import CopyModel, StepModel
 from memserve.scheduler.interface import Ask, FetchPolicy, Prediction, SchedulerConfig
 from memserve.scheduler.lengths import OutputLengths
-from memserve.scheduler.loads import Loads
+from memserve.scheduler.loads import PRESSURE_SECONDS, Loads
 from memserve.scheduler.policies import Choice, Floats, Question
 
 SLO_WEIGHT = 10.0
@@ -155,10 +155,19 @@ class LeastDelay:
         mean_rest = rows["remaining"] / np.maximum(batch + rows["num_incoming"], 1.0)
         delay = np.maximum(0.0, own + num_steps * (beside - costs.decoding(batch, context) * speed))
         harm = batch * delay * np.minimum(1.0, mean_rest / np.maximum(num_steps, 1.0))
-        harm = harm + WORK_PRICE * own
+        harm = harm + own * self._later_arrivals(loads, question.now, ttft)
         if (slo := self._config.slo_ttft) is not None:
             harm = harm + _missed(ttft, slo)
         return _Prefill(own, ttft, harm, fetched, source)
+
+    def _later_arrivals(self, loads: Loads, now: float, ttft: Floats) -> Floats:
+        """How many requests yet to come will wait for a prefill that ends after `ttft`."""
+        rows = loads.rows
+        fading = np.exp((rows["pressure_at"] - now) / PRESSURE_SECONDS)
+        rate = float((rows["rate"] * fading).sum()) / len(rows)
+        pressure = min(MAX_PRESSURE, float((rows["pressure"] * fading).sum()) / len(rows))
+        waiting: Floats = WORK_PRICE + rate * ttft / (1.0 - pressure)
+        return waiting
 
     def wait(self, loads: Loads, now: float) -> Floats:
         """Seconds until a prompt that is sent now would begin to be computed."""

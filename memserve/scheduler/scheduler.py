@@ -146,8 +146,8 @@ class Scheduler:
         )
         self._tickets[ticket] = added
         self._loads.dispatched(added, seconds, now)
-        for instance in _keepers(placement):
-            self._tree.expect(instance, packed, ask.salt)
+        if placement.reuse_prefill:  # who decodes has nothing before the handover
+            self._tree.expect(placement.prefill, packed, ask.salt)
         if choice == 0:
             self.counters.num_colocated += placement.prefill == placement.decode
             self.counters.num_fetches += placement.fetch is not None
@@ -188,8 +188,8 @@ class Scheduler:
         if found is None:
             return
         self._loads.ended(found, now)
-        for instance in _keepers(found.placement):
-            self._tree.unexpect(instance, found.packed, found.salt)
+        if found.placement.reuse_prefill:
+            self._tree.unexpect(found.placement.prefill, found.packed, found.salt)
         self._fair.served(found.start)
         if not found.first_token_at:
             return
@@ -304,13 +304,3 @@ class Scheduler:
         pairs = np.array([float(num_pairs(num_new, num_before))])
         chunk = self._config.max_num_batched_tokens
         return float(self.steps.costs.prefill(new, pairs, chunk)[0][0])
-
-
-def _keepers(placement: Placement) -> set[int]:
-    """The instances whose caches will hold the prompt."""
-    keepers = set()
-    if placement.reuse_prefill:
-        keepers.add(placement.prefill)
-    if placement.reuse_decode:
-        keepers.add(placement.decode)
-    return keepers

@@ -94,7 +94,9 @@ class BlockCache:
         stride = self.block_size * TOKEN_BYTES
         known = self._index.match(packed, salt, touch=False)
         num_new = len(packed) // stride - len(known)
-        in_dram = [block for block in known if self.tier(block) == DRAM]
+        in_dram: list[int] = []
+        if self.num_blocks[DRAM]:
+            in_dram = [block for block in known if self.tier(block) == DRAM]
         if num_new + len(in_dram) > num_private:
             return []
         new = self._promote(in_dram)
