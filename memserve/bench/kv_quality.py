@@ -3,7 +3,9 @@
 Windows are spread evenly over each text. Of a window, the KV of the first half is computed, and the
 second half is scored twice: with that KV, and with what is left of it after a round trip through an
 int8 DRAM tier (`TierCopy`, as the server does it). Then a context is computed, and the same answer is
-decoded greedily from it both ways. The model, its kernels and the arena are the worker's own.
+decoded greedily from it both ways; and once more from exact KV that was computed in smaller steps:
+rounding alone lets a greedy answer take another turn, so that is the yardstick. The model, its kernels
+and the arena are the worker's own.
 
 No time is measured, so the machine may be busy. `scripts/bench_kv_quality` is the command.
 """
@@ -39,6 +41,17 @@ if TYPE_CHECKING:
 
 BLOCK_SIZE = 16
 CHUNK = 512
+SMALL_CHUNK = 128
+
+
+class Agreement(msgspec.Struct, frozen=True, kw_only=True):
+    """Greedy answers beside those from exact KV computed in steps of 512 tokens."""
+
+    same_tokens: float
+    """Share of the answers' tokens that are the same at the same position."""
+    same_answers: int
+    first_differences: list[int]
+    """Position of the first token that differs, for each answer that has one."""
 
 
 class Loss(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,11 +66,8 @@ class Loss(msgspec.Struct, frozen=True, kw_only=True):
     """Mean over the scored tokens, in nats; negative where int8 happens to score better."""
     nll_increase_error: float
     """Standard error of that mean, from the differences between windows."""
-    greedy_agreement: float
-    """Share of the answers' tokens that are the same at the same position."""
-    identical_answers: int
-    first_differences: list[int]
-    """Position of the first token that differs, for each answer that has one."""
+    int8: Agreement
+    smaller_steps: Agreement
 
 
 class QualityReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -176,17 +186,17 @@ class History:
         self._tiers = TierCopy(hbm, dram, load_native_blocks())
         self._table = torch.arange(hbm.layout.num_blocks, dtype=torch.int32)[None]
 
-    def compute(self, tokens: list[int], start: int, *, last: bool = False) -> torch.Tensor:
+    def compute(
+        self, tokens: list[int], start: int, *, last: bool = False, chunk: int = CHUNK
+    ) -> torch.Tensor:
         """Write the KV of `tokens` at positions from `start`; logits [len(tokens), vocab_size].
 
-        Only those of the last token if `last`. All earlier positions must be computed.
+        Only those of the last token if `last`. All earlier positions must be computed. At most
+        `chunk` tokens are computed in one step.
         """
-        ends = range(CHUNK, len(tokens) + CHUNK, CHUNK)
-        return torch.cat(
-            [self._step(tokens[end - CHUNK : end], start + end - CHUNK, last) for end in ends][
-                -1 if last else 0 :
-            ]
-        )
+        ends = range(chunk, len(tokens) + chunk, chunk)
+        steps = [self._step(tokens[end - chunk : end], start + end - chunk, last) for end in ends]
+        return steps[-1] if last else torch.cat(steps)
 
     def _step(self, tokens: list[int], start: int, last: bool) -> torch.Tensor:
         count = len(tokens)
@@ -238,12 +248,11 @@ def history(model: "Model", dtype: DTYPES, num_tokens: int) -> Iterator[History]
 def measure(kept: History, options: Options, name: str, windows: list[list[int]]) -> Loss:
     """All figures of one text."""
     scores = [score(kept, tokens[: options.window]) for tokens in windows]
-    pairs = [answers(kept, tokens, options) for tokens in windows]
+    decoded = [answers(kept, tokens, options) for tokens in windows]
     num_scored = options.window // 2 - 1
     exact, rounded = (statistics.fmean(values) for values in zip(*scores, strict=True))
     increases = [with_int8 - without for without, with_int8 in scores]
     spread = statistics.stdev(increases) if len(increases) > 1 else math.nan
-    same = [[a == b for a, b in zip(*pair, strict=True)] for pair in pairs]
     return Loss(
         text=name,
         windows=len(windows),
@@ -252,8 +261,17 @@ def measure(kept: History, options: Options, name: str, windows: list[list[int]]
         perplexity_int8=math.exp(rounded),
         nll_increase=rounded - exact,
         nll_increase_error=spread / math.sqrt(len(increases)),
-        greedy_agreement=statistics.fmean(flag for flags in same for flag in flags),
-        identical_answers=sum(all(flags) for flags in same),
+        int8=agreement([(exact, rounded) for exact, rounded, _ in decoded]),
+        smaller_steps=agreement([(exact, other) for exact, _, other in decoded]),
+    )
+
+
+def agreement(pairs: list[tuple[list[int], list[int]]]) -> Agreement:
+    """How far the second answers of these pairs are like the first."""
+    same = [[a == b for a, b in zip(*pair, strict=True)] for pair in pairs]
+    return Agreement(
+        same_tokens=statistics.fmean(flag for flags in same for flag in flags),
+        same_answers=sum(all(flags) for flags in same),
         first_differences=[flags.index(False) for flags in same if not all(flags)],
     )
 
@@ -272,19 +290,24 @@ def score(kept: History, tokens: list[int]) -> tuple[float, float]:
     return found[0], found[1]
 
 
-def answers(kept: History, tokens: list[int], options: Options) -> tuple[list[int], list[int]]:
-    """Greedy answers to the token after the context, from exact KV and from int8."""
-    kept.compute(tokens[: options.context], 0, last=True)
-    found = []
-    for rounded in (False, True):
-        if rounded:
-            kept.pass_through_int8(options.context)
+def answers(
+    kept: History, tokens: list[int], options: Options
+) -> tuple[list[int], list[int], list[int]]:
+    """Greedy answers to the token after the context: exact, int8, exact in smaller steps."""
+
+    def decode() -> list[int]:
         answer = [tokens[options.context]]
         for position in range(options.context, options.context + options.answer):
             logits = kept.compute(answer[-1:], position, last=True)
             answer.append(int(logits[0].argmax()))
-        found.append(answer[1:])
-    return found[0], found[1]
+        return answer[1:]
+
+    kept.compute(tokens[: options.context], 0, last=True)
+    exact = decode()
+    kept.pass_through_int8(options.context)
+    rounded = decode()
+    kept.compute(tokens[: options.context], 0, last=True, chunk=SMALL_CHUNK)
+    return exact, rounded, decode()
 
 
 def render(report: QualityReport) -> str:
@@ -300,19 +323,24 @@ def render(report: QualityReport) -> str:
             f"answers of {report.answer} tokens to {report.context}"
         ),
         "",
-        (
-            f"{'text':28}{'windows':>8}{'perplexity':>12}{'int8':>9}{'nats a token':>20}"
-            f"{'same tokens':>13}{'same answers':>14}{'first difference':>18}"
-        ),
+        f"{'text':28}{'windows':>8}{'perplexity':>12}{'int8':>9}{'nats a token':>22}",
     ]
     for loss in report.texts:
-        first = statistics.median(loss.first_differences) if loss.first_differences else None
+        nats = f"{loss.nll_increase:+.5f} ± {loss.nll_increase_error:.5f}"
         lines.append(
             f"{loss.text[:27]:28}{loss.windows:>8}{loss.perplexity:>12.3f}"
-            f"{loss.perplexity_int8:>9.3f}"
-            f"{f'{loss.nll_increase:+.5f} ± {loss.nll_increase_error:.5f}':>20}"
-            f"{loss.greedy_agreement:>12.1%}"
-            f"{f'{loss.identical_answers} of {loss.windows}':>15}"
-            f"{'-' if first is None else f'{first:g} (median)':>18}"
+            f"{loss.perplexity_int8:>9.3f}{nats:>22}"
         )
+    lines += [
+        "",
+        f"{'greedy, beside exact KV':36}{'same tokens':>12}{'same answers':>14}{'first':>8}",
+    ]
+    for loss in report.texts:
+        for name, kind in (("int8", loss.int8), ("smaller steps", loss.smaller_steps)):
+            first = kind.first_differences
+            lines.append(
+                f"{f'{loss.text[:20]}, {name}':36}{kind.same_tokens:>12.1%}"
+                f"{f'{kind.same_answers} of {loss.windows}':>14}"
+                f"{f'{statistics.median(first):g}' if first else '-':>8}"
+            )
     return "\n".join(lines)

@@ -3,7 +3,8 @@
 Allocation, insertion, matching and indexing per call; then the KV of 2048 tokens moved between two
 arenas, in pieces of three sizes, each beside one plain copy of the
 same bytes that takes turns with it. Processor time of this thread is measured, not wall-clock time:
-on a machine that is busy with something else a copy would seem slower than it is.
+on a machine that is busy with something else a copy would seem slower than it is. Swaps between the
+tiers likewise; with `--ttft` also the time to the first token of prompts that the tiers hold.
 
 `scripts/bench_pool` is the command. The arenas are of the demo model's shape unless told otherwise.
 """
@@ -20,6 +21,9 @@ from typing import TypeVar
 import msgspec
 import numpy as np
 
+from memserve.bench.engine import find_weights
+from memserve.bench.records import DTYPES
+from memserve.bench.tiers import FirstToken, SwapSpeed, measure_first_tokens, measure_swaps
 from memserve.errors import UsageError
 from memserve.pool.arena import Arena
 from memserve.pool.generations import NativeBlocks, load_native_blocks
@@ -33,6 +37,7 @@ T = TypeVar("T")
 BLOCK_SIZE = 16
 NUM_TOKENS = 4096
 MOVED_TOKENS = 2048
+TTFT_ROUNDS = 5
 
 
 class Figure(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,6 +69,9 @@ class PoolReport(msgspec.Struct, frozen=True, kw_only=True):
     plain_copy_gb_s: float
     figures: list[Figure]
     moves: list[Move]
+    swaps: list[SwapSpeed]
+    first_tokens: list[FirstToken]
+    """Empty unless asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +80,10 @@ class Options:
 
     layout: ArenaLayout
     rounds: int
+    ttft: bool
+    model: str | None
+    prompt_lengths: tuple[int, ...]
+    dtype: DTYPES
 
 
 def parse_options(arguments: Sequence[str]) -> Options:
@@ -82,6 +94,11 @@ def parse_options(arguments: Sequence[str]) -> Options:
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--ttft", action="store_true", help="also first tokens, with a real model")
+    parser.add_argument(
+        "--model", help="for --ttft, as for memserve serve [default: the demo model]"
+    )
+    parser.add_argument("--prompt-lengths", type=int, nargs="+", default=[1024, 4096], metavar="N")
     values = parser.parse_args(arguments)
     layout = ArenaLayout(
         num_blocks=4 * MOVED_TOKENS // BLOCK_SIZE,
@@ -91,7 +108,16 @@ def parse_options(arguments: Sequence[str]) -> Options:
         head_dim=values.head_dim,
         dtype=values.dtype,
     )
-    return Options(layout=layout, rounds=values.rounds)
+    if any(length < BLOCK_SIZE or length % BLOCK_SIZE for length in values.prompt_lengths):
+        parser.error(f"--prompt-lengths must be multiples of {BLOCK_SIZE}")
+    return Options(
+        layout=layout,
+        rounds=values.rounds,
+        ttft=values.ttft,
+        model=values.model,
+        prompt_lengths=tuple(values.prompt_lengths),
+        dtype=values.dtype,
+    )
 
 
 def run(options: Options) -> PoolReport:
@@ -106,12 +132,20 @@ def run(options: Options) -> PoolReport:
     finally:
         for arena in arenas:
             arena.close()
+    first_tokens = []
+    if options.ttft:
+        _, weights = find_weights(options.model)
+        first_tokens = measure_first_tokens(
+            weights, options.dtype, options.prompt_lengths, min(options.rounds, TTFT_ROUNDS)
+        )
     return PoolReport(
         layout=options.layout,
         block_bytes=options.layout.block_bytes,
         plain_copy_gb_s=plain_gb_s,
         figures=figures,
         moves=moves,
+        swaps=measure_swaps(options.layout, MOVED_TOKENS // BLOCK_SIZE, native, options.rounds),
+        first_tokens=first_tokens,
     )
 
 
@@ -243,5 +277,18 @@ def render(report: PoolReport) -> str:
         lines.append(
             f"{move.granularity:14}{move.calls:>8}{move.milliseconds:>10.2f}"
             f"{move.to_plain_copy:>15.2f}x"
+        )
+    lines += ["", f"{'swap of it':22}{'ms':>10}{'to plain copy':>16}"]
+    for swap in report.swaps:
+        lines.append(
+            f"{f'{swap.encoding} to {swap.to}':22}{swap.milliseconds:>10.2f}"
+            f"{swap.to_plain_copy:>15.2f}x"
+        )
+    if report.first_tokens:
+        lines += ["", f"{'first token, history in':28}{'tokens':>8}{'ms':>10}{'of uncached':>14}"]
+    for first in report.first_tokens:
+        lines.append(
+            f"{first.history:28}{first.prompt_tokens:>8}{first.milliseconds:>10.1f}"
+            f"{first.share_of_uncached:>14.2f}"
         )
     return "\n".join(lines)

@@ -2,9 +2,10 @@
 
 When an answer generated elsewhere is complete, its prefill instance pulls the whole blocks that it
 lacks, at once and in the background: the next turn of the conversation finds them there. Copies run
-on the receiver's copy thread, and room for them is taken from history alone, so neither prefill nor
-decode waits. A return that fails costs a later turn some time, never an answer; until one has
-succeeded, the scheduler sees where the blocks are and may have them fetched.
+on the receiver's copy thread, into what is free of HBM or else into DRAM, and where there is no DRAM
+in the place of the coldest history: neither prefill nor decode waits. A return that fails costs a
+later turn some time, never an answer; until one has succeeded, the scheduler sees where the blocks
+are and may have them fetched.
 """
 
 import logging
@@ -44,6 +45,11 @@ class Returns:
         self.num_failed = 0
         """Refused, or not begun since too many were under way."""
 
+    @property
+    def num_under_way(self) -> int:
+        """Returns that have been started and have not ended."""
+        return self._under_way.total()
+
     def ended(self, stream: Stream) -> None:
         """A request is over: bring back what its prefill instance lacks of it."""
         reuse = stream.placement.reuse_prefill and stream.placement.reuse_decode
@@ -76,5 +82,5 @@ class Returns:
         if len(refs) <= len(self._scheduler.locate(receiver, tokens, salt)):
             return
         tokens = tokens[: len(refs) * self._block_size]
-        await self._pool.transfer_with_insert(receiver, tokens, refs, kind=Kind.HBM, salt=salt)
+        await self._pool.transfer_with_insert(receiver, tokens, refs, kind=Kind.MIXED, salt=salt)
         self.num_done += 1

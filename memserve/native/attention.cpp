@@ -5,20 +5,17 @@
 // the query heads of a KV head share each key. Softmax is online. Parts of one context are merged
 // by their log-sum-exp.
 #include <algorithm>
-#include <limits>
 #include <vector>
 
 #include <omp.h>
 
 #include "kernels.h"
+#include "tile.h"
 
 namespace memserve {
 namespace {
 
-constexpr int TILE = 32;       // context tokens at a time
-constexpr int MAX_ROWS = 16;  // (query token, query head) pairs of one KV head in a unit
 constexpr int MIN_PART = 64;  // a part of a context is at least this long
-constexpr float NEG_INF = -std::numeric_limits<float>::infinity();
 
 struct Call {
     const Step* step;
@@ -39,33 +36,6 @@ struct Unit {
     int32_t begin, end;  // context positions
     int32_t part, num_parts;
     int64_t scratch;  // first row in the partial results
-};
-
-// Query heads that share a KV head, at most MAX_ROWS of them.
-struct Heads {
-    int32_t kv_head;
-    int32_t first;
-    int32_t count;
-};
-
-// The online softmax of the rows (query token, query head) of some heads.
-template <int V>
-struct Rows {
-    alignas(64) float query[MAX_ROWS][V * LANES];
-    alignas(64) float output[MAX_ROWS][V * LANES];
-    Heads heads;
-    int32_t count;
-    float maximum[MAX_ROWS];
-    float total[MAX_ROWS];
-    int32_t first[MAX_ROWS];  // first visible context position
-    int32_t last[MAX_ROWS];   // one past the last
-};
-
-// The keys, then the values of one KV head at hand, and the scores, then the weights.
-template <int V>
-struct Tile {
-    alignas(64) float rows[TILE][V * LANES];
-    alignas(64) float scores[MAX_ROWS][TILE];
 };
 
 Heads heads_at(const Step& step, int index) {
@@ -108,98 +78,6 @@ void prefetch_rows(const Step& step, const T* const* rows, int64_t offset, int c
 }
 
 template <class T, int V>
-void load_tile(int width, const T* const* addresses, int64_t offset, int count, Tile<V>& tile) {
-    for (int j = 0; j < count; j++) {
-        const T* source = addresses[j] + offset;
-        if (width == V * LANES) {
-            for (int v = 0; v < V; v++) store(&tile.rows[j][v * LANES], load(source + v * LANES));
-        } else {
-            for (int d = 0; d < width; d++) tile.rows[j][d] = to_float(source[d]);
-        }
-    }
-}
-
-template <int V>
-void score_tile(const Rows<V>& rows, int begin, int count, Tile<V>& tile) {
-    for (int j = 0; j < count; j++) {
-        floats key[V];
-        for (int v = 0; v < V; v++) key[v] = load(&tile.rows[j][v * LANES]);
-        for (int r = 0; r < rows.count; r++) {
-            floats product = load(rows.query[r]) * key[0];
-            for (int v = 1; v < V; v++) product += load(&rows.query[r][v * LANES]) * key[v];
-            tile.scores[r][j] = sum(product);
-        }
-    }
-    for (int r = 0; r < rows.count; r++) {
-        const int first = std::min(TILE, rows.first[r] - begin);
-        const int last = std::max(0, std::min(count, rows.last[r] - begin));
-        for (int j = 0; j < first; j++) tile.scores[r][j] = NEG_INF;
-        for (int j = last; j < TILE; j++) tile.scores[r][j] = NEG_INF;
-    }
-}
-
-// Turns scores into weights and rescales what was accumulated under the old maximum.
-template <int V>
-void soften_tile(Rows<V>& rows, Tile<V>& tile) {
-    for (int r = 0; r < rows.count; r++) {
-        float* scores = tile.scores[r];
-        floats tops = load(scores);
-        for (int j = LANES; j < TILE; j += LANES) {
-            floats next = load(scores + j);
-            tops = tops > next ? tops : next;
-        }
-        const float top = std::max(rows.maximum[r], largest(tops));
-        if (top == NEG_INF) {
-            std::memset(scores, 0, sizeof tile.scores[r]);
-            continue;
-        }
-        floats total{};
-        for (int j = 0; j < TILE; j += LANES) {
-            floats weight = exponential(load(scores + j) - top);
-            store(scores + j, weight);
-            total += weight;
-        }
-        if (top == rows.maximum[r]) {
-            rows.total[r] += sum(total);
-            continue;
-        }
-        const float shrink = std::exp(rows.maximum[r] - top);
-        rows.total[r] = rows.total[r] * shrink + sum(total);
-        rows.maximum[r] = top;
-        for (int v = 0; v < V; v++)
-            store(&rows.output[r][v * LANES], load(&rows.output[r][v * LANES]) * shrink);
-    }
-}
-
-// Adds the weighted values to R rows, whose sums stay in registers.
-template <int V, int R>
-void add_values_to(Rows<V>& rows, int row, const Tile<V>& tile, int count) {
-    floats output[R][V];
-    for (int r = 0; r < R; r++)
-        for (int v = 0; v < V; v++) output[r][v] = load(&rows.output[row + r][v * LANES]);
-    for (int j = 0; j < count; j++) {
-        floats value[V];
-        for (int v = 0; v < V; v++) value[v] = load(&tile.rows[j][v * LANES]);
-        for (int r = 0; r < R; r++)
-            for (int v = 0; v < V; v++) output[r][v] += value[v] * tile.scores[row + r][j];
-    }
-    for (int r = 0; r < R; r++)
-        for (int v = 0; v < V; v++) store(&rows.output[row + r][v * LANES], output[r][v]);
-}
-
-template <int V>
-void add_values(Rows<V>& rows, const Tile<V>& tile, int count) {
-    int r = 0;
-    if constexpr (V <= 4) {
-        for (; r + 4 <= rows.count; r += 4) add_values_to<V, 4>(rows, r, tile, count);
-        for (; r + 3 <= rows.count; r += 3) add_values_to<V, 3>(rows, r, tile, count);
-    }
-    if constexpr (V <= 8)
-        for (; r + 2 <= rows.count; r += 2) add_values_to<V, 2>(rows, r, tile, count);
-    for (; r < rows.count; r++) add_values_to<V, 1>(rows, r, tile, count);
-}
-
-template <class T, int V>
 void start_rows(const Call& call, const Unit& unit, Rows<V>& rows) {
     const Step& step = *call.step;
     const int last_token = step.query_start[unit.sequence + 1] - 1;
@@ -212,6 +90,7 @@ void start_rows(const Call& call, const Unit& unit, Rows<V>& rows) {
                           int64_t(head) * step.head_dim;
         for (int d = 0; d < V * LANES; d++)
             rows.query[r][d] = d < step.head_dim ? to_float(source[d]) * call.scale : 0.0f;
+        rows.raw[r] = source;
         std::memset(rows.output[r], 0, sizeof rows.output[r]);
         rows.last[r] = last;
         rows.first[r] = call.window > 0 ? std::max(0, last - call.window) : 0;
@@ -274,12 +153,11 @@ void run_unit(const Call& call, const Unit& unit, float* scratch) {
             const int64_t key = int64_t(rows.heads.kv_head) * width;
             const int64_t value = key + step.value_stride;
             prefetch_rows(step, addresses[now ^ 1], key, next);
-            load_tile<T, V>(width, addresses[now], key, count, tile);
-            score_tile<V>(rows, begin, count, tile);
+            score_tile<T, V>(width, call.scale, rows, addresses[now], key, count, tile);
+            hide_scores<V>(rows, begin, count, tile);
             soften_tile<V>(rows, tile);
             prefetch_rows(step, addresses[now ^ 1], value, next);
-            load_tile<T, V>(width, addresses[now], value, count, tile);
-            add_values<V>(rows, tile, count);
+            add_values<T, V>(width, rows, addresses[now], value, count, tile);
         }
         count = next;
     }

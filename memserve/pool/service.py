@@ -183,8 +183,7 @@ class PoolService:
         """The tier to copy into, and the leased blocks there if the request names them."""
         if request.destination is None:
             if request.kind is Kind.MIXED:
-                fits = self._pool.num_free >= len(request.source) or not self._pool.has_dram
-                return (Tier.HBM if fits else Tier.DRAM), None
+                return self._tier_with_room(request), None
             return (Tier.HBM if request.kind is Kind.HBM else Tier.DRAM), None
         named = self._leased(request.destination)
         if len(named) != len(request.destination):
@@ -193,6 +192,19 @@ class PoolService:
         if len(named) != len(request.source) or len(tiers) != 1:
             raise PoolError("a transfer needs one block of one tier for each of its sources")
         return tiers.pop(), named
+
+    def _tier_with_room(self, request: Pull) -> Tier:
+        """HBM if it has what lacks free; but DRAM for what continues a prefix there."""
+        if not self._pool.has_dram:
+            return Tier.HBM
+        num_known = 0
+        if request.tokens is not None:
+            with self._pool.match(request.tokens, request.salt) as match:
+                if match.num_hbm < len(match.blocks):
+                    return Tier.DRAM
+                num_known = len(match.blocks)
+        fits = self._pool.num_free >= len(request.source) - num_known
+        return Tier.HBM if fits else Tier.DRAM
 
     def _allocate(self, num_blocks: int, kind: Kind) -> list[int]:
         num_hbm = 0 if kind is Kind.DRAM else num_blocks

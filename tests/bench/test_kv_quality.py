@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from memserve.bench import kv_quality
 from memserve.bench.kv_quality import (
     BLOCK_SIZE,
     QualityReport,
+    agreement,
     history,
     measure,
     parse_options,
@@ -51,7 +51,7 @@ def test_scores_and_answers_of_a_tiny_model_are_compared_with_and_without_the_ro
     assert loss.perplexity_int8 == pytest.approx(
         loss.perplexity * np.exp(loss.nll_increase), rel=1e-6
     )
-    assert loss.identical_answers + len(loss.first_differences) == 3
+    assert loss.int8.same_answers + len(loss.int8.first_differences) == 3
     report = QualityReport(
         model="tiny",
         dtype="float32",
@@ -66,9 +66,7 @@ def test_scores_and_answers_of_a_tiny_model_are_compared_with_and_without_the_ro
     assert msgspec.json.decode(msgspec.json.encode(report))["bench"] == "kv_quality"
 
 
-def test_a_sequence_computed_in_several_steps_has_the_same_logits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sequence_computed_in_several_steps_has_the_same_logits(tmp_path: Path) -> None:
     folder = save(ARCHITECTURES["llama"].config(), tmp_path)
     model = load_model(
         folder, device="cpu", dtype="float32", max_model_len=None, block_size=BLOCK_SIZE
@@ -76,12 +74,17 @@ def test_a_sequence_computed_in_several_steps_has_the_same_logits(
     tokens = np.random.default_rng(0).integers(0, model.spec.vocab_size, 75).tolist()
     with history(model, "float32", len(tokens)) as kept:
         whole = kept.compute(tokens, 0)
-        monkeypatch.setattr(kv_quality, "CHUNK", 32)
-        in_steps = kept.compute(tokens, 0)
-        last = kept.compute(tokens, 0, last=True)
+        in_steps = kept.compute(tokens, 0, chunk=32)
+        last = kept.compute(tokens, 0, last=True, chunk=32)
     assert len(whole) == len(tokens)
     torch.testing.assert_close(in_steps, whole, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(last, in_steps[-1:])
+
+
+def test_agreement_counts_tokens_by_position_and_answers_as_wholes() -> None:
+    found = agreement([([1, 2, 3, 4], [1, 2, 9, 4]), ([1, 2, 3, 4], [1, 2, 3, 4])])
+    assert (found.same_tokens, found.same_answers) == (7 / 8, 1)
+    assert found.first_differences == [2]
 
 
 def test_windows_do_not_overlap_and_a_short_text_is_a_usage_error() -> None:

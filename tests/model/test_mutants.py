@@ -12,7 +12,7 @@ from memserve.model.attention.paged import PagedAttention, PagedBatch
 from memserve.model.fused import FusedDecoder
 from memserve.model.loading import load_model
 from memserve.model.model import Model, Transformer
-from memserve.model.step import StepInput
+from memserve.model.step import LayerWritten, StepInput
 from tests.model.paging import Arena, assert_same, run_chunks
 from tests.model.tiny import ARCHITECTURES, VOCAB, build, save
 
@@ -37,8 +37,10 @@ class Mutant:
         self._step = step
         self._shift = shift_window
 
-    def begin(self, step: StepInput, arena: torch.Tensor) -> PagedBatch:
-        batch = self._attention.begin(self._step(step), arena)
+    def begin(
+        self, step: StepInput, arena: torch.Tensor, written: LayerWritten | None = None
+    ) -> PagedBatch:
+        batch = self._attention.begin(self._step(step), arena, written)
         attend = batch.attend
 
         def shifted(*args: Any, window: int | None, **rest: Any) -> None:

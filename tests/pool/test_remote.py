@@ -290,3 +290,24 @@ async def test_history_is_exported_hottest_first_and_every_prefix_after_its_begi
             [1, 1, 2, 1],
         ]
         assert [prefix.tokens for prefix in await remote.export(1, 2)] == [[1, 1], [1, 1, 1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("known_tier", "num_free_hbm", "tier"),
+    [
+        (Tier.HBM, 1, Tier.HBM),
+        (Tier.HBM, 0, Tier.DRAM),
+        (Tier.DRAM, NUM_HBM, Tier.DRAM),
+    ],
+)
+async def test_a_mixed_transfer_drops_no_history_and_continues_where_its_prefix_lies(
+    known_tier: Tier, num_free_hbm: int, tier: Tier
+) -> None:
+    async with two_instances() as (remote, source, served):
+        refs = source.cache(PROMPT)
+        served.cache(PROMPT[:4], known_tier)
+        held = served.pool.alloc_mem(served.pool.num_free - num_free_hbm)
+        cached = await remote.transfer_with_insert(1, PROMPT, refs, kind=Kind.MIXED)
+        served.pool.free_mem(held)
+        assert [Tier(ref.tier) for ref in cached] == [known_tier, known_tier, tier]
+        assert served.pool.stats().evictions == 0

@@ -1,0 +1,262 @@
+"""What the tiers of the pool cost: swaps beside a plain copy, and first tokens of cached prompts.
+
+Swaps move the KV of one prompt between HBM and DRAM as `TierCopy` does it, plain or as int8: thread
+time, beside one memcpy of the same KV that takes turns with them. First tokens come out of a real
+engine with its copy thread, by wall-clock time: of a prompt that no cache holds, of the same one
+again, and of the same one after all history was pushed out to DRAM. `bench.pool` prints both.
+"""
+
+import itertools
+import socket
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+import torch
+
+from memserve.bench.records import DTYPES
+from memserve.config import EngineConfig, ServeConfig
+from memserve.errors import UsageError
+from memserve.machine import usable_cores
+from memserve.messages import SamplingParams, Submit
+from memserve.model.loading import load_model
+from memserve.pool.arena import Arena
+from memserve.pool.generations import NativeBlocks
+from memserve.pool.refs import ArenaLayout, Encoding, Tier
+from memserve.pool.transfer.tiers import TierCopy
+from memserve.workers.engine import Engine
+from memserve.workers.link import Link
+from memserve.workers.memory import WorkerMemory
+from memserve.workers.runner import Runner
+from memserve.workers.worker import block_shape
+
+if TYPE_CHECKING:
+    from memserve.model.model import Model
+
+ENCODINGS: tuple[Encoding, ...] = ("plain", "int8")
+BLOCKS_AT_ONCE = 64
+
+
+class SwapSpeed(msgspec.Struct, frozen=True, kw_only=True):
+    """The KV of a prompt moved to the other tier once; medians over the rounds."""
+
+    encoding: Encoding
+    to: str
+    """`HBM` or `DRAM`."""
+    milliseconds: float
+    to_plain_copy: float
+    """Its time divided by that of one memcpy of the same KV as it lies in HBM."""
+
+
+class FirstToken(msgspec.Struct, frozen=True, kw_only=True):
+    """Time to the first token of a prompt; medians over the rounds."""
+
+    prompt_tokens: int
+    history: str
+    """Where all of it but the last token lay: `none`, `HBM`, `DRAM` or `int8 DRAM`."""
+    milliseconds: float
+    share_of_uncached: float
+
+
+def measure_swaps(
+    layout: ArenaLayout, num_blocks: int, native: NativeBlocks, rounds: int
+) -> list[SwapSpeed]:
+    """`num_blocks` blocks, scattered over arenas of `layout`, out and in again."""
+    order = np.random.default_rng(2).permutation(layout.num_blocks).tolist()
+    sources, destinations = order[:num_blocks], order[-num_blocks:]
+    hbm = Arena(layout, instance=0, epoch=1, native=native)
+    arenas = [hbm]
+    times: dict[tuple[Encoding, Tier], list[float]] = defaultdict(list)
+    plain = []
+    try:
+        hbm.tensor.copy_(torch.rand(layout.block_shape))
+        whole = np.ones(num_blocks * layout.block_bytes, dtype=np.uint8)
+        target = np.zeros_like(whole)
+        copies = {}
+        for encoding in ENCODINGS:
+            tier = layout.encoded(encoding)
+            arenas.append(Arena(tier, instance=0, epoch=1, native=native, tier=Tier.DRAM))
+            copies[encoding] = TierCopy(hbm, arenas[-1], native)
+        for _ in range(rounds + 1):
+            plain.append(_seconds(lambda: np.copyto(target, whole)))
+            for encoding, copy in copies.items():
+                for to, (old, new) in (
+                    (Tier.DRAM, (sources, destinations)),
+                    (Tier.HBM, (destinations, sources)),
+                ):
+                    started = time.thread_time_ns()
+                    copy.copy(old, new, to)
+                    times[encoding, to].append((time.thread_time_ns() - started) / 1e9)
+    finally:
+        for arena in arenas:
+            arena.close()
+    base = statistics.median(plain[1:])
+    return [
+        SwapSpeed(
+            encoding=encoding,
+            to=to.name,
+            milliseconds=statistics.median(seconds[1:]) * 1e3,
+            to_plain_copy=statistics.median(seconds[1:]) / base,
+        )
+        for (encoding, to), seconds in times.items()
+    ]
+
+
+def measure_first_tokens(
+    weights: Path, dtype: DTYPES, lengths: Sequence[int], rounds: int
+) -> list[FirstToken]:
+    """Prompts of `lengths` tokens and one more, on all cores of this process."""
+    torch.set_num_threads(len(usable_cores()))
+    torch.set_grad_enabled(False)
+    block_size = ServeConfig.block_size
+    model = load_model(
+        weights, device="cpu", dtype=dtype, max_model_len=None, block_size=block_size
+    )
+    if max(lengths) + 2 > model.spec.max_model_len:
+        raise UsageError(f"the model is made for {model.spec.max_model_len} tokens")
+    draw = np.random.default_rng(0)
+    times: dict[tuple[int, str], list[float]] = defaultdict(list)
+    with (
+        tiered_engine(model, weights, max(lengths), "plain") as plain,
+        tiered_engine(model, weights, max(lengths), "int8") as int8,
+    ):
+        for number, length in itertools.product(range(-1, rounds), lengths):
+            prompt = draw.integers(model.spec.vocab_size, size=length + 1).tolist()
+            found = {"none": plain.first_token(prompt, 0), "HBM": plain.first_token(prompt, length)}
+            plain.push_out()
+            found["DRAM"] = plain.first_token(prompt, length)
+            int8.first_token(prompt, 0)
+            int8.push_out()
+            found["int8 DRAM"] = int8.first_token(prompt, length)
+            for engine in (plain, int8):
+                engine.forget()
+            for history, seconds in found.items():
+                if number >= 0:  # the first round warms up
+                    times[length, history].append(seconds)
+    return [
+        FirstToken(
+            prompt_tokens=length + 1,
+            history=history,
+            milliseconds=statistics.median(seconds) * 1e3,
+            share_of_uncached=statistics.median(seconds) / statistics.median(times[length, "none"]),
+        )
+        for (length, history), seconds in times.items()
+    ]
+
+
+@contextmanager
+def tiered_engine(
+    model: "Model", weights: Path, num_tokens: int, encoding: Encoding
+) -> Iterator["TieredEngine"]:
+    """An engine whose tiers have room for a prompt of `num_tokens` each, and a little more."""
+    config = EngineConfig(
+        weights=str(weights),
+        eos_token_ids=model.spec.eos_token_ids,
+        device="cpu",
+        dtype=model.spec.dtype,
+        max_model_len=model.spec.max_model_len,
+        block_size=ServeConfig.block_size,
+        kv_cache_bytes=0,
+        dram_cache_encoding=encoding,
+        max_num_seqs=ServeConfig.max_num_seqs,
+        max_num_batched_tokens=ServeConfig.max_num_batched_tokens,
+        handover_timeout=ServeConfig.handover_timeout,
+        num_threads=torch.get_num_threads(),
+        log_level="info",
+    )
+    num_blocks = 2 * (num_tokens // config.block_size + BLOCKS_AT_ONCE)
+    num_bytes = num_blocks * block_shape(model, config).block_bytes
+    engine = TieredEngine(
+        msgspec.structs.replace(config, kv_cache_bytes=num_bytes, dram_cache_bytes=num_bytes), model
+    )
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+class TieredEngine:
+    """A worker's engine with its memory and copy thread; a socket stands in for the launcher."""
+
+    def __init__(self, config: EngineConfig, model: "Model") -> None:
+        self._launcher, worker = socket.socketpair()
+        self._launcher.setblocking(False)
+        self._link = Link(worker)
+        self._link.start()
+        self._memory = WorkerMemory(
+            config, block_shape(model, config), instance=0, epoch=1, inbox=self._link.inbox
+        )
+        self._engine = Engine(
+            config,
+            self._link,
+            self._memory.pool,
+            Runner(model, self._memory.hbm.tensor, eos_token_ids=config.eos_token_ids),
+            start_copy=self._memory.copier.start,
+            start_swap=self._memory.copier.start_swap,
+            start_pull=self._memory.copier.start_pull,
+            start_fetch=self._memory.copier.start_fetch,
+            progress=self._memory.progress,
+            map_peer=_no_peer,
+            copy_within=self._memory.copy_within,
+            samples=self._memory.samples,
+        )
+        self._tickets = itertools.count()
+
+    def first_token(self, prompt: list[int], num_cached: int) -> float:
+        """Seconds to the first token of a prompt of which `num_cached` tokens are history."""
+        sampling = SamplingParams(max_tokens=1, seed=0, temperature=0.0, ignore_eos=True)
+        before = self._engine.stats().num_cached_tokens
+        ticket = next(self._tickets)
+        self._link.inbox.put(Submit(ticket=ticket, choice=0, prompt=prompt, sampling=sampling))
+        start = time.perf_counter()
+        busy = self._engine.step()
+        while (stats := self._engine.stats()).num_running or stats.num_waiting:
+            busy = self._engine.step(wait=not busy)
+        seconds = time.perf_counter() - start
+        found = self._engine.stats().num_cached_tokens - before
+        assert found == num_cached, f"{found} tokens were cached, not {num_cached}"
+        self._discard_messages()
+        return seconds
+
+    def push_out(self) -> None:
+        """Swap all history out to DRAM."""
+        pool = self._memory.pool
+        while (swap := pool.swap_out(BLOCKS_AT_ONCE)) is not None:
+            self._memory.copier.start_swap(swap)
+            while pool.num_leaving:
+                self._engine.step(wait=True)
+
+    def forget(self) -> None:
+        """Drop all history."""
+        self._memory.pool.reset()
+        self._engine.step()
+        self._discard_messages()
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._memory.close()
+        self._link.close()
+        self._launcher.close()
+
+    def _discard_messages(self) -> None:
+        try:
+            while self._launcher.recv(1 << 16):
+                pass
+        except BlockingIOError:
+            return
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.thread_time_ns()
+    call()
+    return (time.thread_time_ns() - start) / 1e9
+
+
+def _no_peer(*_: object) -> None:
+    raise AssertionError("a worker that is measured alone has no peers")
