@@ -30,6 +30,11 @@ PRIOR = (0.012, 5e-4, 5e-4, 5e-4, 1e-7, 1e-4, 5e-7)
 
 PRIOR_WEIGHT = 1e-3
 FORGET = 0.998
+"""Each sample's weight beside the next one's."""
+
+FORGET_RATIO = 0.98
+"""The same for the contention seen in each batch of samples."""
+
 SCALE_STEP = 0.05
 MAX_SCALE = 8.0
 
@@ -184,8 +189,8 @@ class StepModel:
         """`ratio`: this instance's seconds by those of an instance that is alone."""
         others = num_busy - 1
         if others > 0:
-            self._excess = self._excess * FORGET + (ratio - 1.0) * others
-            self._others = self._others * FORGET + others * others
+            self._excess = self._excess * FORGET_RATIO + (ratio - 1.0) * others
+            self._others = self._others * FORGET_RATIO + others * others
             self.contention = min(1.0, max(0.0, self._excess / self._others))
         own = min(MAX_SCALE, max(1 / MAX_SCALE, ratio / self.slowdown(num_busy)))
         before = self.scale(instance)

@@ -85,8 +85,7 @@ class LeastDelay:
         at_prefill = prefill.ttft + prefill.harm + waking
         at_decode = decode.own + decode.harm + waking + handover + self._interference(loads)
         both = prefill.ttft + prefill.harm + decode.own + decode.harm + waking
-        both = np.where(prefills & decodes, both + self._later(loads, decode.own), np.inf)
-        at_decode += self._later(loads, decode.own)
+        both = np.where(prefills & decodes, both, np.inf)
 
         best = int(np.argmin(both))
         pair = self._best_pair(
@@ -228,13 +227,6 @@ class LeastDelay:
         waiting: Floats = np.maximum(0.0, seconds - num_steps * costs.step)
         waiting *= rows["scale"] * self._steps.slowdown(loads.num_busy)
         return waiting
-
-    def _later(self, loads: Loads, decode: Floats) -> Floats:
-        """Seconds that prefills yet to come will add to decoding, if they go on as of late."""
-        rows = loads.rows
-        pressure = np.minimum(rows["pressure"], MAX_PRESSURE)
-        later: Floats = decode * pressure
-        return later
 
     def _handover(self, num_tokens: Floats, block_bytes: Floats) -> Floats:
         """Seconds from the first token to decoding elsewhere: most of the copy overlaps the prefill."""

@@ -29,6 +29,9 @@ from memserve.scheduler.runs import (
     unpack_ref,
 )
 
+SLOW = 1 << TIER_SHIFT
+"""References from here on lie in another tier than the fastest."""
+
 
 @dataclass(slots=True)
 class Matches:
@@ -85,20 +88,25 @@ class GlobalPromptTree:
     def match(self, packed: bytes, salt: str) -> Matches:
         """How much of a packed prompt every instance has."""
         found = Matches()
+        held, fast, expected = found.held, found.fast, found.expected
         for run, num_blocks in self._path(packed, salt):
+            start = run.start
             for instance, refs in run.held.items():
-                if instance not in found.held:
-                    count = min(len(refs), num_blocks)
-                    found.held[instance] = run.start + count
-                    _note_fast(found.fast, instance, run.start, refs, count)
-                elif instance not in found.fast:
-                    _note_fast(found.fast, instance, run.start, refs, min(len(refs), num_blocks))
+                if instance in fast:
+                    continue
+                count = min(len(refs), num_blocks)
+                if instance not in held:
+                    held[instance] = start + count
+                # Along a path, blocks of the fastest tier come first.
+                if refs[count - 1] < SLOW:
+                    fast[instance] = start + count
+                elif refs[0] < SLOW:
+                    fast[instance] = start + bisect_left(refs, 1, 0, count, key=_is_slow)
             for instance in run.expected:
-                if instance not in found.expected:
-                    found.expected[instance] = run.start + num_blocks
-        for instance, held in found.held.items():
-            if found.expected.get(instance, held + 1) <= held:
-                del found.expected[instance]
+                if instance not in expected:
+                    expected[instance] = start + num_blocks
+        for instance in [i for i in expected if expected[i] <= held.get(i, 0)]:
+            del expected[instance]
         return found
 
     def locate(self, instance: int, packed: bytes, salt: str) -> list[BlockRef]:
@@ -250,11 +258,5 @@ class GlobalPromptTree:
         return self._tree.audit()
 
 
-def _note_fast(
-    fast: dict[int, int], instance: int, start: int, refs: "array[int]", count: int
-) -> None:
-    """Along a path, blocks of the fastest tier come first."""
-    if refs[count - 1] >> TIER_SHIFT == 0:
-        fast[instance] = start + count
-    elif refs[0] >> TIER_SHIFT == 0:
-        fast[instance] = start + bisect_left(refs, 1, 0, count, key=lambda ref: ref >> TIER_SHIFT)
+def _is_slow(ref: int) -> bool:
+    return ref >= SLOW

@@ -6,7 +6,7 @@ was said to. All rows lie in one array, so that a decision over a thousand insta
 operations. Tickets of instances that have gone are kept until they end, and count nowhere.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +38,7 @@ ROW = np.dtype(
         ("chosen", np.int64),  # when it was last chosen, for ties
     ]
 )
+
 
 PRESSURE_SECONDS = 10.0
 """How fast the memory of past prefills fades."""
@@ -72,6 +73,7 @@ class Loads:
     def __init__(self) -> None:
         self.rows: NDArray[np.void] = np.zeros(0, dtype=ROW)
         self.slot_by_instance: dict[int, int] = {}
+        self._slots = np.zeros(1, dtype=np.int64)
         self.roles: dict[int, Role] = {}
         self.leaving: set[int] = set()
         self._num_chosen = 0
@@ -87,13 +89,13 @@ class Loads:
         row["instance"], row["capacity"], row["block_bytes"] = instance, capacity, block_bytes
         row["serves"], row["scale"] = True, 1.0
         self.rows = np.concatenate([self.rows, row])
-        self.slot_by_instance[instance] = len(self.rows) - 1
+        self._number_slots()
         self.set_role(instance, role)
 
     def leave(self, instance: int) -> None:
         """An instance has gone."""
         self.rows = np.delete(self.rows, self.slot_by_instance[instance])
-        self.slot_by_instance = {int(row["instance"]): i for i, row in enumerate(self.rows)}
+        self._number_slots()
         del self.roles[instance]
         self.leaving.discard(instance)
 
@@ -109,6 +111,23 @@ class Loads:
         """Nothing may be sent there from now on."""
         self.leaving.add(instance)
         self.set_role(instance, self.roles[instance])
+
+    def by_slot(self, numbers: Mapping[int, int]) -> NDArray[np.float64]:
+        """Numbers by instance as an array; unknown instances are left out, others have 0."""
+        size = len(numbers)
+        # Instances are numbered from 0 on, so that one look-up serves for all.
+        instances = np.fromiter(numbers.keys(), np.int64, size)
+        values = np.fromiter(numbers.values(), np.float64, size)
+        slots = self._slots[np.minimum(instances, len(self._slots) - 1)]
+        found = np.zeros(len(self.rows) + 1)
+        found[slots] = values  # those unknown all fall into the last place
+        return found[:-1]
+
+    def _number_slots(self) -> None:
+        instances = self.rows["instance"]
+        self.slot_by_instance = {int(number): slot for slot, number in enumerate(instances)}
+        self._slots = np.full(int(instances.max(initial=-1)) + 2, len(self.rows))
+        self._slots[instances] = np.arange(len(self.rows))
 
     @property
     def num_busy(self) -> int:

@@ -258,33 +258,21 @@ class Scheduler:
 
     def _question(self, ask: Ask, now: float) -> Question:
         packed = self._pack(ask.prompt)
-        caching, size = self._config.context_caching, len(self._loads)
-        cached, held, fast, kept = (np.zeros(size) for _ in range(4))
+        caching, size = self._config.context_caching, self._config.block_size
+        held = fast = reach = np.zeros(len(self._loads))
         if caching != "off":
             # One token is always computed.
-            stride = self._config.block_size * TOKEN_BYTES
-            end = (len(ask.prompt) - 1) // self._config.block_size * stride
+            end = (len(ask.prompt) - 1) // size * size * TOKEN_BYTES
             found = self._tree.match(packed[:end], ask.salt)
-            slots = self._loads.slot_by_instance
-            for numbers, array in (
-                (found.held, held),
-                (found.fast, fast),
-                (found.held | found.expected, cached),
-            ):
-                known = [(slots[i], num) for i, num in numbers.items() if i in slots]
-                if known:
-                    places, counts = zip(*known, strict=True)
-                    array[list(places)] = counts
-            if caching != "1":
-                kept = cached
-        size_of = self._config.block_size
+            held, fast = self._loads.by_slot(found.held), self._loads.by_slot(found.fast)
+            reach = np.maximum(held, self._loads.by_slot(found.expected))
         return Question(
             ask=ask,
             packed=packed,
-            cached=cached * size_of,
-            held=held * size_of,
-            slow=(held - fast) * size_of,
-            kept=kept * size_of,
+            cached=reach * size,
+            held=held * size,
+            slow=(held - fast) * size,
+            kept=(reach if caching in ("2", "3") else np.zeros(len(self._loads))) * size,
             now=now,
         )
 

@@ -1,0 +1,109 @@
+"""What the cost models make of samples."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memserve.messages import CopySample, StepSample
+from memserve.scheduler.cost import CopyModel, StepCosts, StepModel, non_negative, num_pairs
+from memserve.scheduler.lengths import OutputLengths
+
+TRUE = StepCosts(0.02, 4e-4, 2e-4, 3e-4, 2e-7, 5e-5, 1e-6)
+
+
+def sampled(rng: np.random.Generator, slower: float = 1.0) -> StepSample:
+    """A step of some batch, in the time that it truly takes."""
+    new = int(rng.choice([0, 0, 17, 100, 300, 512]))
+    decodes = int(rng.integers(0 if new else 1, 24))
+    before = int(rng.integers(0, 2000))
+    pairs = decodes * int(rng.integers(50, 3000))
+    batch = StepSample(new, num_pairs(new, before), decodes, pairs, 0.0)
+    return StepSample(new, num_pairs(new, before), decodes, pairs, TRUE.seconds(batch) * slower)
+
+
+def test_steps_are_predicted_after_a_hundred_samples() -> None:
+    rng, model = np.random.default_rng(0), StepModel()
+    model.learn(0, [sampled(rng) for _ in range(100)], num_busy=1)
+    for _ in range(50):
+        step = sampled(rng)
+        assert model.seconds(0, step, num_busy=1) == pytest.approx(step.seconds, rel=0.02)
+
+
+def test_what_changes_is_followed() -> None:
+    rng, model = np.random.default_rng(0), StepModel()
+    model.learn(0, [sampled(rng) for _ in range(200)], num_busy=1)
+    for _ in range(40):
+        model.learn(0, [sampled(rng, slower=2.0) for _ in range(50)], num_busy=1)
+    step = sampled(rng, slower=2.0)
+    assert model.seconds(0, step, num_busy=1) == pytest.approx(step.seconds, rel=0.1)
+
+
+def test_instances_that_slow_each_other_down_are_found_out() -> None:
+    rng, model = np.random.default_rng(0), StepModel()
+    for turn in range(200):
+        busy = 1 + turn % 3
+        steps = [sampled(rng, slower=1 + 0.4 * (busy - 1)) for _ in range(10)]
+        model.learn(turn % 3, steps, num_busy=busy)
+    assert model.contention == pytest.approx(0.4, rel=0.15)
+
+
+def test_instances_apart_have_no_contention() -> None:
+    rng, model = np.random.default_rng(0), StepModel()
+    for turn in range(100):
+        model.learn(0, [sampled(rng) for _ in range(10)], num_busy=1 + turn % 3)
+    assert model.contention == pytest.approx(0.0, abs=0.02)
+
+
+@given(num=st.integers(1, 3000), cached=st.integers(0, 2000), chunk=st.integers(1, 700))
+def test_a_prefill_takes_as_long_as_its_chunks(num: int, cached: int, chunk: int) -> None:
+    pairs = np.array([float(num_pairs(num, cached))])
+    seconds, steps = TRUE.prefill(np.array([float(num)]), pairs, chunk)
+    done, total, count = 0, 0.0, 0
+    while done < num:
+        size = min(chunk, num - done)
+        step = StepSample(size, num_pairs(size, cached + done), 0, 0, 0.0)
+        total += TRUE.seconds(step)
+        done, count = done + size, count + 1
+    assert seconds[0] == pytest.approx(total, rel=1e-9)
+    assert steps[0] == count
+
+
+def test_copies_have_a_latency_and_a_bandwidth() -> None:
+    model = CopyModel()
+    sizes = [1_000, 100_000, 10_000_000, 300_000_000] * 20
+    model.learn([CopySample(size, 2e-4 + size / 4e9) for size in sizes])
+    assert model.latency == pytest.approx(2e-4, rel=0.05)
+    assert 1 / model.seconds_per_byte == pytest.approx(4e9, rel=0.05)
+    assert model.seconds(np.array([0.0]))[0] == 0.0
+
+
+@given(st.integers(0, 10_000))
+def test_least_squares_stay_non_negative_and_beat_their_neighbours(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    features = rng.normal(size=(12, 4))
+    targets = rng.normal(size=12)
+    gram, moments = features.T @ features, features.T @ targets
+
+    def loss(x: "np.ndarray[tuple[int], np.dtype[np.float64]]") -> float:
+        return float(x @ gram @ x - 2 * moments @ x)
+
+    found = non_negative(gram, moments)
+    assert (found >= 0).all()
+    for _ in range(30):
+        near = np.maximum(0.0, found + rng.normal(size=4) * 0.1)
+        assert loss(near) >= loss(found) - 1e-9
+
+
+def test_answers_are_expected_to_be_as_long_as_those_before() -> None:
+    lengths = OutputLengths()
+    for _ in range(300):
+        lengths.add(20)
+    for _ in range(100):
+        lengths.add(400)
+    assert 90 < lengths.remaining(0, 1000) < 135
+    # Who has gone on beyond the short ones will probably become a long one.
+    assert 300 < lengths.remaining(60, 1000) < 345
+    assert lengths.remaining(60, 100) == 40
+    assert lengths.remaining(5000, 10_000) == pytest.approx(5000, rel=0.01)
+    assert lengths.remaining(99, 99) == 1
