@@ -321,6 +321,19 @@ def test_a_dram_tier_of_another_encoding_is_refused_and_says_which_flag_to_look_
         each.close()
 
 
+def test_one_layer_of_an_int8_block_is_refused(arena: Arena) -> None:
+    other = Arena(
+        SMALL.encoded("int8"), instance=1, epoch=4, native=native_blocks(), tier=Tier.DRAM
+    )
+    pool = MemPool(other.descriptor, other.generations)
+    transfer = MemfdTransfer(arena, native_blocks())
+    transfer.map(other.descriptor, other.fd)
+    with pytest.raises(PoolError, match="whole"):
+        transfer.read_layer(pool.refs(pool.alloc_mem(1)), [0], 1)
+    assert not arena.tensor.any()
+    other.close()
+
+
 def pull_from_a_recycler(
     copy: NativeBlocks, limit_s: float, *, layout: ArenaLayout = LARGE, enough: float = math.inf
 ) -> tuple[int, int, int]:

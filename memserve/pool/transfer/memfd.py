@@ -239,6 +239,8 @@ class MemfdTransfer:
         blocks = [ref.block for ref in refs]
         expected = np.array([ref.generation for ref in refs], dtype=np.uint32)
         converts = peer.descriptor.layout.encoding != arena.descriptor.layout.encoding
+        if converts and num_bytes != arena.descriptor.layout.block_bytes:
+            raise PoolError("a block of another encoding is read whole")
         if self._native is not None:
             if converts:
                 verified = (peer.table_address, expected)
