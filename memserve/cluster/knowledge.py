@@ -57,7 +57,7 @@ class Knowledge:
         if len(instances) > 1:
             told = await asyncio.gather(*map(self.timed_steps, instances))
             for instance, steps in zip(instances, told, strict=True):
-                self.learn(instance, steps)
+                self.learn(instance, steps, num_busy=len(instances))
 
     async def timed_steps(self, instance: Instance) -> Calibrated:
         """Let one instance time steps; nothing else runs on it meanwhile.
@@ -69,9 +69,9 @@ class Knowledge:
         except ChannelClosed:
             raise UsageError(f"{instance.name} has died while it timed its first steps") from None
 
-    def learn(self, instance: Instance, told: Calibrated) -> None:
-        """What an instance has timed."""
-        self._scheduler.learn(instance.number, told.steps, told.copies)
+    def learn(self, instance: Instance, told: Calibrated, *, num_busy: int = 1) -> None:
+        """What an instance has timed while `num_busy` of them computed."""
+        self._scheduler.learn(instance.number, told.steps, told.copies, num_busy=num_busy)
         slowest = max((step.seconds for step in told.steps), default=0.0)
         logger.info(
             "%s has timed %d steps; the longest took %.0f ms",

@@ -217,14 +217,27 @@ class Scheduler:
         """What an instance holds of the whole blocks of `tokens`, in order, on any tier."""
         return self._tree.locate(instance, pack_tokens(tokens), salt)
 
-    def learn(self, instance: int, steps: list[StepSample], copies: list[CopySample]) -> None:
-        """Timed steps and copies of an instance."""
+    def learn(
+        self,
+        instance: int,
+        steps: list[StepSample],
+        copies: list[CopySample],
+        *,
+        num_busy: int | None = None,
+    ) -> None:
+        """Timed steps and copies of an instance.
+
+        `num_busy` instances computed meanwhile; None: as many as have requests. Only the latter are
+        work that was predicted.
+        """
         slot = self._loads.slot_by_instance.get(instance)
         if slot is None:
             return
-        num_busy = max(1, self._loads.num_busy)
+        predictable = num_busy is None
+        if num_busy is None:
+            num_busy = max(1, self._loads.num_busy)
         for step in steps:
-            if step.num_prefill_tokens:
+            if predictable and step.num_prefill_tokens:
                 predicted = self.steps.seconds(instance, step, num_busy)
                 self.counters.prefill_error.add(predicted, step.seconds)
         self.steps.learn(instance, steps, num_busy)

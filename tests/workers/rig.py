@@ -226,6 +226,7 @@ class RigOptions:
     """Called by every worker, on its own thread, before it computes a layer."""
     max_num_queued_reqs: int = 10_000
     scheduler: SchedulerConfig = PLAIN
+    calibration: bool = False
 
 
 @asynccontextmanager
@@ -263,6 +264,7 @@ async def rig(
         plans,
         make_scheduler(options.scheduler),
         max_num_queued_reqs=options.max_num_queued_reqs,
+        calibration=options.calibration,
         returns=options.scheduler.context_caching == "3",
         spawn=spawn,
     )

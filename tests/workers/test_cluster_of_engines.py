@@ -176,8 +176,9 @@ async def test_a_full_queue_refuses_with_overloaded() -> None:
         rig(options) as cluster,
         cluster.generate(generation(0, range(5), 3)) as tokens,
     ):
-        with pytest.raises(Overloaded):
+        with pytest.raises(Overloaded) as refusal:
             await answer(cluster, generation(1, range(5), 3))
+        assert refusal.value.retry_after == 1.0
         assert [item.event.position async for item in tokens] == [0, 1, 2]
 
 

@@ -1,0 +1,65 @@
+"""Roles that change while requests run."""
+
+import asyncio
+import random
+
+import pytest
+
+from memserve.cluster import elastic
+from memserve.errors import InvalidRequest, NotFound
+from memserve.scheduler.interface import Role
+from memserve.scheduler.scheduler import Scheduler
+from tests.workers.rig import RigOptions, answer, generation, oracle_answer, prompts, rig
+
+
+class Restless(Scheduler):
+    """Gives both instances other roles, again and again."""
+
+    layouts = (
+        (Role.PREFILL, Role.DECODE),
+        (Role.MIXED, Role.MIXED),
+        (Role.DECODE, Role.PREFILL),
+        (Role.DECODE, Role.MIXED),
+    )
+    num_changes = 0
+
+    def replan(self, now: float) -> list[tuple[int, Role]]:
+        self.num_changes += 1
+        return list(enumerate(self.layouts[self.num_changes % len(self.layouts)]))
+
+
+async def test_no_change_of_roles_costs_a_request_its_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(elastic, "REPLAN_S", 0.003)
+    random_ = random.Random(0)
+    options = RigOptions(roles=(Role.PREFILL, Role.DECODE), num_blocks=40, step_seconds=0.0005)
+    asked = prompts(60, longest=30)
+
+    async def soon(number: int, prompt: list[int]) -> list[list[int]]:
+        await asyncio.sleep(random_.random() * 0.2)
+        return await answer(cluster, generation(number, prompt, 9))
+
+    async with rig(options, Restless) as cluster:
+        answers = await asyncio.gather(*(soon(i, prompt) for i, prompt in enumerate(asked)))
+        scheduler = cluster.scheduler
+        assert isinstance(scheduler, Restless)
+        assert scheduler.num_changes > 5
+        roles = {instance.number: instance.role for instance in cluster.instances}
+        assert roles == scheduler.roles()
+    assert answers == [[oracle_answer(prompt, 9)] for prompt in asked]
+
+
+async def test_an_operator_may_set_a_role_if_somebody_still_does_the_rest() -> None:
+    async with rig(RigOptions(roles=(Role.PREFILL, Role.DECODE))) as cluster:
+        with pytest.raises(InvalidRequest, match="nobody"):
+            cluster.set_role(0, "decode")
+        with pytest.raises(InvalidRequest, match="role must be"):
+            cluster.set_role(0, "king")
+        with pytest.raises(NotFound):
+            cluster.set_role(5, "mixed")
+        cluster.set_role(1, "mixed")
+        cluster.set_role(0, "decode")
+        assert await answer(cluster, generation(0, range(20), 4)) == [oracle_answer(range(20), 4)]
+        prefilled = [r.inspection.stats.num_prefill_tokens for r in await cluster.inspect()]
+    assert prefilled == [0, 20]
