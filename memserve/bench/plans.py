@@ -64,8 +64,8 @@ def ablation() -> Plan:
             for design in ("off", "1", "2", "3")
         ),
         cases=(
-            _case("sharegpt", CHATS, rate=0.8, num_requests=18),
-            _case("loogle", DOCUMENTS, rate=1.5, num_requests=20),
+            _case("sharegpt", CHATS, rate=0.8, num_requests=16),
+            _case("loogle", DOCUMENTS, rate=1.5, num_requests=16),
             _case("react", AGENTS, rate=0.5, num_requests=16),
         ),
         repeats=3,
@@ -86,11 +86,11 @@ def layouts() -> Plan:
         cases=(
             *(
                 _case(f"sharegpt {rate}/s", CHATS, rate=rate, num_requests=number)
-                for rate, number in ((0.5, 10), (1.0, 18), (2.0, 26))
+                for rate, number in ((0.5, 8), (1.0, 14), (2.0, 20))
             ),
             *(
                 _case(f"loogle {rate}/s", DOCUMENTS, rate=rate, num_requests=number)
-                for rate, number in ((1.0, 10), (2.0, 20), (4.0, 30))
+                for rate, number in ((1.0, 8), (2.0, 14), (4.0, 24))
             ),
         ),
         repeats=5,
