@@ -231,9 +231,7 @@ class Cluster:
         return instance
 
     async def release(self, instance: Instance) -> None:
-        """Give an instance no new work, and return when what it has is done."""
-        instance.leaving = True
-        self.scheduler.set_leaving(instance.number)
+        """Return when what a leaving instance has to do is done."""
         await self._streams.released(instance)
 
     async def remove(self, instance: Instance) -> None:

@@ -63,7 +63,7 @@ class Members(Protocol):
         ...
 
     async def release(self, instance: Instance) -> None:
-        """Give it no new work, and return when what it has is done."""
+        """Return when what a leaving instance has to do is done."""
         ...
 
     async def remove(self, instance: Instance) -> None:
@@ -91,6 +91,7 @@ async def drain(cluster: Members, number: int) -> int:
     if leaving.leaving:
         raise InvalidRequest(f"{leaving.name} is leaving already")
     leaving.leaving = True
+    cluster.scheduler.set_leaving(number)
     done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     cluster.in_background(_leave(cluster, leaving, done))
     return await asyncio.shield(done)
