@@ -3,6 +3,7 @@
 import queue
 import random
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -265,12 +266,16 @@ def test_a_peer_that_reuses_its_blocks_as_fast_as_it_can_never_costs_a_wrong_tok
         assert receiver.engine.stats().num_fetched_blocks > 0
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_whatever_is_fetched_moved_aborted_or_taken_every_answer_is_right(seed: int) -> None:
+@pytest.mark.parametrize("files", [False, True])
+@pytest.mark.parametrize("seed", range(2))
+def test_whatever_is_fetched_moved_aborted_or_taken_every_answer_is_right(
+    tmp_path: Path, seed: int, files: bool
+) -> None:
     random_ = random.Random(seed)
+    cache_dir = str(tmp_path) if files else ""
     pair = (
-        HandEngine(0, num_blocks=26, num_dram_blocks=20),
-        HandEngine(1, num_blocks=26, num_dram_blocks=20),
+        HandEngine(0, num_blocks=26, num_dram_blocks=20, cache_dir=cache_dir),
+        HandEngine(1, num_blocks=26, num_dram_blocks=20, cache_dir=cache_dir),
     )
     documents = [[random_.randrange(50) for _ in range(random_.randint(8, 40))] for _ in range(10)]
     known: dict[int, list[BlockRef]] = {number: [] for number in range(len(documents))}
@@ -308,3 +313,4 @@ def test_whatever_is_fetched_moved_aborted_or_taken_every_answer_is_right(seed: 
         assert sum(each.num_fetched_blocks for each in stats) > 0
         assert sum(each.num_failed_fetches for each in stats) > 0
         assert sum(each.num_preemptions for each in stats) > 0
+        assert sum(each.disk.num_read_blocks for each in stats if each.disk) > 0 or not files

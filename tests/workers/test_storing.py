@@ -230,6 +230,16 @@ def test_a_block_that_was_reused_before_it_was_written_is_dropped(tmp_path: Path
         assert engine.ask(2, [9] * 81) == 80
 
 
+def test_what_is_copied_while_blocks_are_reused_at_once_is_right_or_dropped(tmp_path: Path) -> None:
+    documents = [[number, *DOCUMENT[number:]] for number in range(40)]
+    with life(tmp_path, num_blocks=26, num_dram_blocks=10) as engine:
+        for ticket, document in enumerate(documents, start=1):
+            engine.ask(ticket, document)
+    with life(tmp_path, num_blocks=26) as engine:  # its oracle looks at every block it finds
+        hits = [engine.ask(t, document) for t, document in enumerate(documents, start=1)]
+    assert sum(hits) > 0
+
+
 def test_a_disk_that_fails_costs_hits_and_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
