@@ -149,9 +149,7 @@ class Engine:
             timeout=timeout,
         )
         self._stopping = False
-        self._num_steps = 0
-        self._num_prefill_tokens = 0
-        self._num_decode_tokens = 0
+        self._num_steps = self._num_prefill_tokens = self._num_decode_tokens = 0
         self._next_heartbeat = 0.0
 
     def run(self) -> None:
