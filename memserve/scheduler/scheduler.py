@@ -20,6 +20,7 @@ from memserve.scheduler.global_tree import GlobalPromptTree
 from memserve.scheduler.interface import Ask, Fetch, Placement, Role, SchedulerConfig
 from memserve.scheduler.lengths import OutputLengths
 from memserve.scheduler.loads import Loads, Ticket
+from memserve.scheduler.planner import RolePlanner
 from memserve.scheduler.policies import (
     Choice,
     LeastLoad,
@@ -44,6 +45,8 @@ class Scheduler:
         self.steps = StepModel()
         self.copies = CopyModel()
         self.counters = Counters()
+        self._delays = LeastDelay(config, self.steps, self.copies, self._lengths)
+        self._planner = RolePlanner()
         self._policy = self._make_policy()
         self._packed: tuple[list[int], bytes] = ([], b"")
 
@@ -246,8 +249,13 @@ class Scheduler:
 
     def replan(self, now: float) -> list[tuple[int, Role]]:
         """Roles that should change now; the caller applies them with `set_role`."""
-        assert now >= 0
-        return []
+        if not self._config.elastic_roles or len(self._loads) < 2:
+            return []
+        wait = self._delays.wait(self._loads, now)
+        crowding = self._delays.crowding(self._loads)
+        changes = self._planner.plan(self._loads, wait, crowding, now)
+        self.counters.num_role_changes += len(changes)
+        return changes
 
     def audit(self) -> list[str]:
         """Recount everything from scratch; what is wrong, in words."""
@@ -259,7 +267,7 @@ class Scheduler:
             "least-load": LeastLoad,
             "session": lambda: SessionAffinity(self._config.block_size * TOKEN_BYTES),
             "prompt-tree": LongestPrefix,
-            "cost": lambda: LeastDelay(self._config, self.steps, self.copies, self._lengths),
+            "cost": lambda: self._delays,
         }
         return makers[self._config.routing_policy]()
 
