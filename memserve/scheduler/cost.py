@@ -26,7 +26,8 @@ KNEES = (32, 256)
 CPU and on a GPU."""
 
 PRIOR = (0.012, 5e-4, 5e-4, 5e-4, 1e-7, 1e-4, 5e-7)
-"""Before any sample: about a small model on one core. Only their proportions matter for placement."""
+"""Before any sample: about a small model on one core. The first samples scale it; its proportions are
+what the fit leans to where samples say nothing."""
 
 PRIOR_WEIGHT = 1e-3
 FORGET = 0.998
@@ -34,6 +35,9 @@ FORGET = 0.998
 
 FORGET_RATIO = 0.98
 """The same for the contention seen in each batch of samples."""
+
+FORGET_COPY = 0.98
+"""The same for each copy: they are few, and a link may become slow."""
 
 SCALE_STEP = 0.05
 MAX_SCALE = 8.0
@@ -149,6 +153,7 @@ class StepModel:
 
     def __init__(self) -> None:
         self.costs = StepCosts(*PRIOR)
+        self._prior: Floats | None = None
         self.contention = 0.0
         self._scales: dict[int, float] = {}
         # Features are scaled by the prior, so that all are of one size.
@@ -174,14 +179,17 @@ class StepModel:
         timed = [sample for sample in samples if sample.seconds > 0]
         if not timed:
             return
+        if self._prior is None:
+            first = [sample.seconds / self.costs.seconds(sample) for sample in timed]
+            self._prior = np.array(PRIOR) * float(np.median(first))
         alone = self.slowdown(num_busy)
         for sample in timed:
-            scaled = np.array(features(sample)) * PRIOR * alone / sample.seconds
+            scaled = np.array(features(sample)) * self._prior * alone / sample.seconds
             self._gram = self._gram * FORGET + np.outer(scaled, scaled)
             self._moments = self._moments * FORGET + scaled
         ridge = np.eye(len(PRIOR)) * PRIOR_WEIGHT
         fitted = non_negative(self._gram + ridge, self._moments + PRIOR_WEIGHT)
-        self.costs = StepCosts(*(float(x) for x in fitted * PRIOR))
+        self.costs = StepCosts(*(float(x) for x in fitted * self._prior))
         ratios = [sample.seconds / max(self.costs.seconds(sample), 1e-9) for sample in timed]
         self._compare(instance, float(np.median(ratios)), num_busy)
 
@@ -210,22 +218,26 @@ class CopyModel:
     def __init__(self) -> None:
         self.latency = self.LATENCY
         self.seconds_per_byte = 1 / self.BANDWIDTH
-        # Of x = (1, bytes): sums of w, w x, w x x, w y, w x y with w = 1 / seconds.
+        self._prior: Floats | None = None
         self._gram = np.zeros((2, 2))
         self._moments = np.zeros(2)
 
     def learn(self, samples: Sequence[CopySample]) -> None:
         """Follow more copies."""
-        prior = np.array([self.LATENCY, 1 / self.BANDWIDTH])
         timed = [sample for sample in samples if sample.seconds > 0]
+        if not timed:
+            return
+        if self._prior is None:
+            known = [self.LATENCY + sample.num_bytes / self.BANDWIDTH for sample in timed]
+            ratios = [sample.seconds / x for sample, x in zip(timed, known, strict=True)]
+            self._prior = np.array([self.LATENCY, 1 / self.BANDWIDTH]) * float(np.median(ratios))
         for sample in timed:
-            scaled = np.array([1.0, sample.num_bytes]) * prior / sample.seconds
-            self._gram = self._gram * FORGET + np.outer(scaled, scaled)
-            self._moments = self._moments * FORGET + scaled
-        if timed:
-            ridge = np.eye(2) * PRIOR_WEIGHT
-            fitted = non_negative(self._gram + ridge, self._moments + PRIOR_WEIGHT) * prior
-            self.latency, self.seconds_per_byte = float(fitted[0]), float(fitted[1])
+            scaled = np.array([1.0, sample.num_bytes]) * self._prior / sample.seconds
+            self._gram = self._gram * FORGET_COPY + np.outer(scaled, scaled)
+            self._moments = self._moments * FORGET_COPY + scaled
+        ridge = np.eye(2) * PRIOR_WEIGHT
+        fitted = non_negative(self._gram + ridge, self._moments + PRIOR_WEIGHT) * self._prior
+        self.latency, self.seconds_per_byte = float(fitted[0]), float(fitted[1])
 
     def seconds(self, num_bytes: Floats) -> Floats:
         """What copying so much takes; nothing takes no time."""

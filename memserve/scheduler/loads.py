@@ -40,6 +40,9 @@ ROW = np.dtype(
 )
 
 
+NOWHERE = -1
+"""Stands for an instance that has gone: its number may come back, its work won't."""
+
 PRESSURE_SECONDS = 10.0
 """How fast the memory of past prefills fades."""
 
@@ -49,8 +52,10 @@ class Ticket:
     """One dispatched choice."""
 
     placement: Placement
+    prefill: int
+    """Where it is prefilled; `NOWHERE` if that has gone."""
     decode: int
-    """Where it decodes, or will."""
+    """Where it decodes, or will; `NOWHERE` if that has gone."""
     packed: bytes
     salt: str
     flow: str
@@ -82,9 +87,8 @@ class Loads:
         return len(self.rows)
 
     def join(self, instance: int, role: Role, *, capacity: int, block_bytes: int) -> None:
-        """One more instance without any work; one that was known starts anew."""
-        if instance in self.slot_by_instance:
-            self.leave(instance)
+        """One more instance without any work."""
+        assert instance not in self.slot_by_instance
         row = np.zeros(1, dtype=ROW)
         row["instance"], row["capacity"], row["block_bytes"] = instance, capacity, block_bytes
         row["serves"], row["scale"] = True, 1.0
@@ -92,8 +96,13 @@ class Loads:
         self._number_slots()
         self.set_role(instance, role)
 
-    def leave(self, instance: int) -> None:
-        """An instance has gone."""
+    def leave(self, instance: int, tickets: Iterable[Ticket]) -> None:
+        """An instance has gone; of these tickets, some may have been there."""
+        for ticket in tickets:
+            if ticket.prefill == instance:
+                ticket.prefill = NOWHERE
+            if ticket.decode == instance:
+                ticket.decode = NOWHERE
         self.rows = np.delete(self.rows, self.slot_by_instance[instance])
         self._number_slots()
         del self.roles[instance]
@@ -155,7 +164,7 @@ class Loads:
 
     def dispatched(self, ticket: Ticket, prefill_seconds: float, now: float) -> None:
         """One more ticket; its prefill will take so long."""
-        slot = self.slot_by_instance.get(ticket.placement.prefill)
+        slot = self.slot_by_instance.get(ticket.prefill)
         if slot is not None:
             row = self.rows[slot]
             if row["num_queued"] == 0:
@@ -192,7 +201,7 @@ class Loads:
     def decodes_at(self, ticket: Ticket, instance: int) -> None:
         """It decodes elsewhere than was planned."""
         self._add_decoding(ticket, -1)
-        ticket.decode = instance
+        ticket.decode = instance if instance in self.slot_by_instance else NOWHERE
         self._add_decoding(ticket, 1)
 
     def ended(self, ticket: Ticket, now: float) -> None:
@@ -218,7 +227,7 @@ class Loads:
         ]
 
     def _leave_queue(self, ticket: Ticket, now: float) -> None:
-        slot = self.slot_by_instance.get(ticket.placement.prefill)
+        slot = self.slot_by_instance.get(ticket.prefill)
         if slot is not None:
             row = self.rows[slot]
             row["since"] = now

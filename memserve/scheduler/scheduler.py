@@ -66,6 +66,7 @@ class Scheduler:
         `num_blocks` are those of its tiers, the fastest first, of `block_bytes` each; `epoch` is
         its life.
         """
+        self.leave(instance)  # of its former life nothing is left
         capacity = num_blocks[0] * self._config.block_size
         self._loads.join(instance, role, capacity=capacity, block_bytes=block_bytes)
         self._tree.join(instance, epoch)
@@ -73,7 +74,7 @@ class Scheduler:
     def leave(self, instance: int) -> None:
         """An instance has gone; tickets that it still has may end later."""
         if instance in self._loads.slot_by_instance:
-            self._loads.leave(instance)
+            self._loads.leave(instance, self._tickets.values())
             self._tree.leave(instance)
             self.steps.forget(instance)
 
@@ -135,6 +136,7 @@ class Scheduler:
         length = self._lengths.remaining(0, ask.max_tokens)
         added = Ticket(
             placement=placement,
+            prefill=placement.prefill,
             decode=placement.decode,
             packed=packed,
             salt=ask.salt,
