@@ -8,6 +8,7 @@ import pytest
 from tests.e2e.servers import ServerProcess, assert_all_home, serve
 
 MODEL = "SmolLM2-135M-Instruct"
+FLAGS = ("--port", "0", "--dtype", "float32", "--no-calibration", "--no-elastic-roles")
 # Some 400 tokens each, 1600 in all; a KV cache of 48 MiB holds 1088 in float32.
 DOCUMENTS = [f"Story {number}: once upon a time, " * 45 for number in range(4)]
 
@@ -32,7 +33,7 @@ def test_history_beyond_the_kv_cache_comes_back_from_dram(
 ) -> None:
     """24 MiB hold it as int8 only. The stories repeat themselves: no rounding changes what follows."""
     sizes = ["--kv-cache-memory", "48M", "--dram-cache-memory", memory, "--dram-cache-dtype", dtype]
-    with serve("--port", "0", "--dtype", "float32", *sizes, log=log) as server:
+    with serve(*FLAGS, *sizes, log=log) as server:
         first = [ask(server, document) for document in DOCUMENTS]
         again = [ask(server, document) for document in DOCUMENTS]
         assert [tokens for tokens, _, _ in again] == [tokens for tokens, _, _ in first]
