@@ -30,6 +30,24 @@ WORK_PRICE = 0.1
 
 
 @dataclass(slots=True)
+class _State:
+    """What runs and waits on each slot now; everything in seconds, at the pace of now."""
+
+    speed: Floats
+    """How much longer everything takes there than by the model."""
+    batch: Floats
+    step: Floats
+    """A step that only decodes."""
+    beside: Floats
+    """What decoding adds to a prefill's step."""
+    rest: Floats
+    """Tokens that a sequence there will still generate, in the mean."""
+    queue: Floats
+    """The queued prefills alone."""
+    queue_steps: Floats
+
+
+@dataclass(slots=True)
 class _Prefill:
     """Prefilling on each slot: everything in seconds."""
 
@@ -70,8 +88,9 @@ class LeastDelay:
         rows = loads.rows
         num_tokens = len(question.ask.prompt)
         length = self._lengths.remaining(0, question.ask.max_tokens)
-        prefill = self._prefill(question, loads)
-        decode = self._decode(question.ask, length, loads)
+        state = self._state(loads)
+        prefill = self._prefill(question, loads, state)
+        decode = self._decode(question.ask, length, loads, state)
         elastic = self._config.elastic_roles
         prefills = rows["serves"] if elastic else rows["prefills"]
         decodes = rows["serves"] if elastic else rows["decodes"]
@@ -83,7 +102,7 @@ class LeastDelay:
         missing = np.maximum(0.0, num_tokens - question.kept)
         handover = self._handover(missing, rows["block_bytes"])
         at_prefill = prefill.ttft + prefill.harm + waking
-        at_decode = decode.own + decode.harm + waking + handover + self._interference(loads)
+        at_decode = decode.own + decode.harm + waking + handover + self._interference(state)
         both = prefill.ttft + prefill.harm + decode.own + decode.harm + waking
         both = np.where(prefills & decodes, both, np.inf)
 
@@ -122,12 +141,29 @@ class LeastDelay:
             return None
         return best
 
+    def _state(self, loads: Loads) -> _State:
+        rows, costs = loads.rows, self._steps.costs
+        chunk = max(1, self._config.max_num_batched_tokens)
+        speed = rows["scale"] * self._steps.slowdown(loads.num_busy)
+        batch = rows["num_decoding"]
+        sequences = np.maximum(batch + rows["num_incoming"], 1.0)
+        context = rows["context"] * batch / sequences
+        queue, queue_steps = costs.prefill(rows["queued_tokens"], rows["queued_pairs"], chunk)
+        return _State(
+            speed=speed,
+            batch=batch,
+            step=costs.decoding(batch, context) * speed,
+            beside=costs.beside(batch, context) * speed,
+            rest=rows["remaining"] / sequences,
+            queue=queue * speed,
+            queue_steps=queue_steps,
+        )
+
     # Prefill
 
-    def _prefill(self, question: Question, loads: Loads) -> _Prefill:
-        rows, costs = loads.rows, self._steps.costs
+    def _prefill(self, question: Question, loads: Loads, state: _State) -> _Prefill:
+        rows, costs, speed = loads.rows, self._steps.costs, state.speed
         num_tokens = len(question.ask.prompt)
-        speed = rows["scale"] * self._steps.slowdown(loads.num_busy)
         chunk = max(1, self._config.max_num_batched_tokens)
         cached = question.cached
         own, num_steps = costs.prefill(*_new(num_tokens, cached), chunk)
@@ -146,14 +182,10 @@ class LeastDelay:
             fetched = np.where(fetching, gain, 0.0)
             source = np.where(fetching, source, -1)
 
-        batch = rows["num_decoding"]
-        context = rows["context"] * batch / np.maximum(batch + rows["num_incoming"], 1.0)
-        beside = costs.beside(batch, context) * speed
-        ttft = self.wait(loads, question.now) + own + num_steps * beside
+        ttft = self._wait(loads, state, question.now) + own + num_steps * state.beside
         # While the prompt is computed, others get their tokens at the pace of its chunks.
-        mean_rest = rows["remaining"] / np.maximum(batch + rows["num_incoming"], 1.0)
-        delay = np.maximum(0.0, own + num_steps * (beside - costs.decoding(batch, context) * speed))
-        harm = batch * delay * np.minimum(1.0, mean_rest / np.maximum(num_steps, 1.0))
+        delay = np.maximum(0.0, own + num_steps * (state.beside - state.step))
+        harm = state.batch * delay * np.minimum(1.0, state.rest / np.maximum(num_steps, 1.0))
         harm = harm + own * self._later_arrivals(loads, question.now, ttft)
         if (slo := self._config.slo_ttft) is not None:
             harm = harm + _missed(ttft, slo)
@@ -170,18 +202,15 @@ class LeastDelay:
 
     def wait(self, loads: Loads, now: float) -> Floats:
         """Seconds until a prompt that is sent now would begin to be computed."""
-        rows, costs = loads.rows, self._steps.costs
-        chunk = max(1, self._config.max_num_batched_tokens)
-        seconds, num_steps = costs.prefill(rows["queued_tokens"], rows["queued_pairs"], chunk)
-        batch = rows["num_decoding"]
-        context = rows["context"] * batch / np.maximum(batch + rows["num_incoming"], 1.0)
-        seconds = seconds + num_steps * costs.beside(batch, context)
-        seconds *= rows["scale"] * self._steps.slowdown(loads.num_busy)
+        return self._wait(loads, self._state(loads), now)
+
+    def _wait(self, loads: Loads, state: _State, now: float) -> Floats:
+        rows = loads.rows
+        seconds = state.queue + state.queue_steps * state.beside
         queued = np.maximum(rows["num_queued"], 1.0)
         done = np.minimum(np.maximum(0.0, now - rows["since"]), 0.9 * seconds / queued)
         # Even an idle queue waits for the step that runs.
-        running = costs.decoding(batch, context) * 0.5
-        waiting: Floats = np.where(rows["num_queued"] > 0, seconds - done, running)
+        waiting: Floats = np.where(rows["num_queued"] > 0, seconds - done, state.step / 2)
         return waiting
 
     def _swap_in(self, question: Question, block_bytes: Floats) -> Floats:
@@ -191,14 +220,12 @@ class LeastDelay:
 
     # Decode
 
-    def _decode(self, ask: Ask, length: float, loads: Loads) -> _Decode:
-        rows, costs = loads.rows, self._steps.costs
-        speed = rows["scale"] * self._steps.slowdown(loads.num_busy)
+    def _decode(self, ask: Ask, length: float, loads: Loads, state: _State) -> _Decode:
+        rows, costs, speed, mean_rest = loads.rows, self._steps.costs, state.speed, state.rest
         others = rows["num_decoding"] + rows["num_incoming"]
         own_context = ask.num_choices * (len(ask.prompt) + length / 2)
         before = costs.decoding(others, rows["context"]) * speed
         after = costs.decoding(others + ask.num_choices, rows["context"] + own_context) * speed
-        mean_rest = rows["remaining"] / np.maximum(others, 1.0)
         # Who shares a step with a shorter answer is slowed down only until that has ended.
         together = np.minimum(length, mean_rest)
         harm = others * (after - before) * together
@@ -229,14 +256,10 @@ class LeastDelay:
         lost *= rows["scale"] * self._steps.slowdown(loads.num_busy)
         return lost
 
-    def _interference(self, loads: Loads) -> Floats:
+    def _interference(self, state: _State) -> Floats:
         """Seconds that prefills queued on each slot will keep its decoding sequences from a step."""
-        rows, costs = loads.rows, self._steps.costs
-        chunk = max(1, self._config.max_num_batched_tokens)
-        seconds, num_steps = costs.prefill(rows["queued_tokens"], rows["queued_pairs"], chunk)
-        waiting: Floats = np.maximum(0.0, seconds - num_steps * costs.step)
-        waiting *= rows["scale"] * self._steps.slowdown(loads.num_busy)
-        return waiting
+        shared = state.queue_steps * self._steps.costs.step * state.speed
+        return np.maximum(0.0, state.queue - shared)
 
     def _handover(self, num_tokens: Floats, block_bytes: Floats) -> Floats:
         """Seconds from the first token to decoding elsewhere: most of the copy overlaps the prefill."""
