@@ -155,6 +155,7 @@ class StepModel:
         self.costs = StepCosts(*PRIOR)
         self._prior: Floats | None = None
         self.contention = 0.0
+        self.num_samples = 0
         self._scales: dict[int, float] = {}
         # Features are scaled by the prior, so that all are of one size.
         self._gram = np.eye(len(PRIOR)) * PRIOR_WEIGHT
@@ -179,6 +180,7 @@ class StepModel:
         timed = [sample for sample in samples if sample.seconds > 0]
         if not timed:
             return
+        self.num_samples += len(timed)
         if self._prior is None:
             first = [sample.seconds / self.costs.seconds(sample) for sample in timed]
             self._prior = np.array(PRIOR) * float(np.median(first))

@@ -185,7 +185,8 @@ class LeastDelay:
         ttft = self._wait(loads, state, question.now) + own + num_steps * state.beside
         # While the prompt is computed, others get their tokens at the pace of its chunks.
         delay = np.maximum(0.0, own + num_steps * (state.beside - state.step))
-        harm = state.batch * delay * np.minimum(1.0, state.rest / np.maximum(num_steps, 1.0))
+        there = state.batch + rows["num_incoming"]  # who waits before it decodes by then
+        harm = there * delay * np.minimum(1.0, state.rest / np.maximum(num_steps, 1.0))
         harm = harm + own * self._later_arrivals(loads, question.now, ttft)
         if (slo := self._config.slo_ttft) is not None:
             harm = harm + _missed(ttft, slo)

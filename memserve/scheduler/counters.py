@@ -40,7 +40,7 @@ class Counters:
     """What `/metrics` tells of the scheduler."""
 
     prefill_error: ErrorSum = field(default_factory=ErrorSum)
-    """Of a prefill's computing time, from steps that the workers timed."""
+    """Of the time of steps that prefill, as the workers timed them, after a warm-up."""
     ttft_error: ErrorSum = field(default_factory=ErrorSum)
     jct_error: ErrorSum = field(default_factory=ErrorSum)
     slo_ttft: Attainment = field(default_factory=Attainment)

@@ -31,6 +31,9 @@ from memserve.scheduler.policies import (
     SessionAffinity,
 )
 
+WARM_UP = 50
+"""Steps whose times are learned before predictions count for `Counters.prefill_error`."""
+
 
 class Scheduler:
     """Places requests on the instances that have joined."""
@@ -238,7 +241,7 @@ class Scheduler:
         slot = self._loads.slot_by_instance.get(instance)
         if slot is None:
             return
-        predictable = num_busy is None
+        predictable = num_busy is None and self.steps.num_samples >= WARM_UP
         if num_busy is None:
             num_busy = max(1, self._loads.num_busy)
         for step in steps:

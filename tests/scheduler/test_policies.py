@@ -268,6 +268,17 @@ def test_a_prediction_comes_true_on_a_quiet_instance() -> None:
     assert predicted.jct == pytest.approx(predicted.ttft + decoding, rel=0.1)
 
 
+def test_predicted_steps_are_compared_with_what_they_took() -> None:
+    made = scheduler("cost", MIXED)
+    batch = StepSample(512, num_pairs(512, 0), 4, 4000, 0.0)
+    seconds = CPU.seconds(batch)
+    made.learn(0, [StepSample(512, batch.num_prefill_pairs, 4, 4000, seconds)], [])
+    assert made.counters.prefill_error.num == 1  # what was learned at first isn't judged
+    assert made.counters.prefill_error.mean < 0.02
+    made.learn(0, [StepSample(512, batch.num_prefill_pairs, 4, 4000, 2 * seconds)], [])
+    assert 0.2 < made.counters.prefill_error.mean < 0.3
+
+
 operations = st.lists(
     st.tuples(
         st.sampled_from(["send", "first", "token", "move", "end", "leave", "join"]),
