@@ -105,21 +105,26 @@ def _cpu_demo(name: str, fixed: float, decode: float, token: float, flops: float
     )
 
 
-def _roofline_8b() -> Profile:
-    weights, kv, memory = 16e9, 131_072, 3.35e12 * 0.8
-    token, pair = 2 * 8e9 / (989e12 * 0.5), 4 * 32 * 4096 / (989e12 * 0.5)
+def _roofline(
+    name: str, *, num_gpus: int, parameters: float, num_layers: int, width: int, kv_cache_tokens: int
+) -> Profile:
+    """Llama-like models in bfloat16 with 8 KV heads of 128, over `num_gpus` H100s as one instance."""
+    memory, arithmetic = num_gpus * 3.35e12 * 0.8, num_gpus * 989e12 * 0.5
+    weights, kv = 2 * parameters, num_layers * 2 * 8 * 128 * 2
+    token, pair = 2 * parameters / arithmetic, 4 * num_layers * width / arithmetic
     launch = 2e-3
     return Profile(
-        name="h100-8b",
+        name=name,
+        # Kernels follow each other: matrix products take what reading the weights or computing takes,
+        # attention adds its own time, bound by memory in decode and by arithmetic in a chunk.
         steps=[
-            # Attention of a chunk reads its context once for every 128 queries.
-            StepForm(launch + weights / memory, 0.0, kv / 128 / memory, 0.0, kv / memory),
-            StepForm(launch, token, pair, token, pair),
+            StepForm(launch + weights / memory, 0.0, pair, 0.0, kv / memory),
+            StepForm(launch, token, pair, token, kv / memory),
         ],
         copy_latency=2e-4,
-        copy_bandwidth=450e9 * 0.6,
+        copy_bandwidth=num_gpus * 450e9 * 0.6,
         kv_bytes_per_token=kv,
-        kv_cache_tokens=380_000,
+        kv_cache_tokens=kv_cache_tokens,
         max_num_batched_tokens=2048,
         max_num_seqs=256,
     )
@@ -130,7 +135,22 @@ def builtin_profiles() -> dict[str, Profile]:
     found = [
         _cpu_demo("cpu-demo", 13.2e-3, 0.79e-3, 0.184e-3, 60e9),
         _cpu_demo("cpu-demo-1core", 21.9e-3, 1.57e-3, 0.297e-3, 36e9),
-        _roofline_8b(),
+        _roofline(
+            "h100-8b",
+            num_gpus=1,
+            parameters=8e9,
+            num_layers=32,
+            width=4096,
+            kv_cache_tokens=380_000,
+        ),
+        _roofline(
+            "h100x4-70b",
+            num_gpus=4,
+            parameters=70e9,
+            num_layers=80,
+            width=8192,
+            kv_cache_tokens=370_000,
+        ),
     ]
     return {profile.name: profile for profile in found}
 
