@@ -102,8 +102,10 @@ class LeastDelay:
         missing = np.maximum(0.0, num_tokens - question.kept)
         handover = self._handover(missing, rows["block_bytes"])
         at_prefill = prefill.ttft + prefill.harm + waking
+        later = decode.own * self._pressure(loads, question.now)
         at_decode = decode.own + decode.harm + waking + handover + self._interference(state)
-        both = prefill.ttft + prefill.harm + decode.own + decode.harm + waking
+        at_decode += later
+        both = prefill.ttft + prefill.harm + decode.own + decode.harm + waking + later
         both = np.where(prefills & decodes, both, np.inf)
 
         best = int(np.argmin(both))
@@ -195,11 +197,19 @@ class LeastDelay:
     def _later_arrivals(self, loads: Loads, now: float, ttft: Floats) -> Floats:
         """How many requests yet to come will wait for a prefill that ends after `ttft`."""
         rows = loads.rows
-        fading = np.exp((rows["pressure_at"] - now) / PRESSURE_SECONDS)
-        rate = float((rows["rate"] * fading).sum()) / len(rows)
-        pressure = min(MAX_PRESSURE, float((rows["pressure"] * fading).sum()) / len(rows))
+        rate = float((rows["rate"] * _fading(loads, now)).mean())
+        pressure = float(self._pressure(loads, now).mean())
         waiting: Floats = WORK_PRICE + rate * ttft / (1.0 - pressure)
         return waiting
+
+    def _pressure(self, loads: Loads, now: float) -> Floats:
+        """The share of time that prefills take on each slot, if they go on as of late.
+
+        Decoding there takes longer by as much. It is also what makes slots specialise: where
+        prompts go, answers are better not generated, and the other way round.
+        """
+        pressure: Floats = np.minimum(MAX_PRESSURE, loads.rows["pressure"] * _fading(loads, now))
+        return pressure
 
     def wait(self, loads: Loads, now: float) -> Floats:
         """Seconds until a prompt that is sent now would begin to be computed."""
@@ -301,6 +311,12 @@ def _longest_elsewhere(held: Floats) -> tuple[Floats, NDArray[np.int64]]:
     slots = np.arange(len(held))
     source = np.where(slots == best, second, best)
     return held[source], source
+
+
+def _fading(loads: Loads, now: float) -> Floats:
+    """What is left of the memory of past prefills."""
+    left: Floats = np.exp((loads.rows["pressure_at"] - now) / PRESSURE_SECONDS)
+    return left
 
 
 def _missed(seconds: Floats, slo: float) -> Floats:

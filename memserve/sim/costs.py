@@ -106,7 +106,13 @@ def _cpu_demo(name: str, fixed: float, decode: float, token: float, flops: float
 
 
 def _roofline(
-    name: str, *, num_gpus: int, parameters: float, num_layers: int, width: int, kv_cache_tokens: int
+    name: str,
+    *,
+    num_gpus: int,
+    parameters: float,
+    num_layers: int,
+    width: int,
+    kv_cache_tokens: int,
 ) -> Profile:
     """Llama-like models in bfloat16 with 8 KV heads of 128, over `num_gpus` H100s as one instance."""
     memory, arithmetic = num_gpus * 3.35e12 * 0.8, num_gpus * 989e12 * 0.5
