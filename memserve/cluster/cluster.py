@@ -206,6 +206,13 @@ class Cluster:
             self._members.by_number[instance], lambda number: PoolCall(number, request)
         )
 
+    def tell(self, instance: int, request: PoolRequest) -> None:
+        """See `memserve.pool.remote.Control.tell`."""
+        if instance in self._members.by_number:
+            self._calls.tell(
+                self._members.by_number[instance], lambda number: PoolCall(number, request)
+            )
+
     # Members
 
     async def drain(self, number: int) -> int:

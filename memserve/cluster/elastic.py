@@ -24,7 +24,8 @@ from memserve.errors import (
 )
 from memserve.messages import Inspection
 from memserve.pool.index import RadixIndex
-from memserve.pool.remote import Kind, RemotePool
+from memserve.pool.refs import Kind
+from memserve.pool.remote import RemotePool
 from memserve.scheduler.interface import Role
 from memserve.scheduler.scheduler import Scheduler
 

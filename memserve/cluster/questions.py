@@ -32,6 +32,10 @@ class Questions(Generic[A]):
         finally:
             del self._open[number]
 
+    def tell(self, instance: Instance, message: Callable[[int], msgspec.Struct]) -> None:
+        """Send `message(number)`; its answer is ignored."""
+        instance.send(message(next(self._numbers)))
+
     def answer(self, number: int, answer: A) -> None:
         """An answer has come; nobody may be waiting for it any more."""
         if number in self._open and not self._open[number][1].done():

@@ -15,7 +15,8 @@ from typing import Any
 
 from memserve.cluster.streams import Stream
 from memserve.errors import ChannelClosed, PoolError
-from memserve.pool.remote import Kind, RemotePool
+from memserve.pool.refs import Kind
+from memserve.pool.remote import RemotePool
 from memserve.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ The paper's nine calls (Table 1). On the own instance they are methods of `MemPo
 `audit` and `stats`; `memserve.pool.mempool` holds the contract. On another instance they are coroutines
 of `RemotePool`, answered there by a `PoolService`; `memserve.pool.remote` holds theirs.
 
-    alloc_mem(num_blocks, tier)                     RemotePool: (num_blocks, kind, instance)
+    alloc_mem(num_blocks, kind)                     RemotePool: (num_blocks, kind, instance)
     free_mem(blocks)                                RemotePool: (refs)
     insert(tokens, blocks, salt)                    match(tokens, salt, deepest=)
     delete(tokens, salt)
@@ -27,10 +27,18 @@ if TYPE_CHECKING:
     from memserve.pool.blocks import BlockAllocator
     from memserve.pool.generations import NativeBlocks, load_native_blocks
     from memserve.pool.index import RadixIndex, pack_tokens
-    from memserve.pool.mempool import MemPool, PoolStats
+    from memserve.pool.mempool import MemPool
     from memserve.pool.pending import Match, Swap
-    from memserve.pool.refs import ArenaDescriptor, ArenaLayout, BlockRef, Tier, TierStats
-    from memserve.pool.remote import Control, Kind, RemotePool
+    from memserve.pool.refs import (
+        ArenaDescriptor,
+        ArenaLayout,
+        BlockRef,
+        Kind,
+        PoolStats,
+        Tier,
+        TierStats,
+    )
+    from memserve.pool.remote import Control, RemotePool
     from memserve.pool.service import PoolService
     from memserve.pool.transfer import Transfer
     from memserve.pool.transfer.memfd import MemfdTransfer
@@ -69,16 +77,16 @@ _MODULE_BY_NAME = {
     "RadixIndex": "index",
     "pack_tokens": "index",
     "MemPool": "mempool",
-    "PoolStats": "mempool",
     "Match": "pending",
     "Swap": "pending",
     "ArenaDescriptor": "refs",
     "ArenaLayout": "refs",
     "BlockRef": "refs",
+    "Kind": "refs",
+    "PoolStats": "refs",
     "Tier": "refs",
     "TierStats": "refs",
     "Control": "remote",
-    "Kind": "remote",
     "RemotePool": "remote",
     "PoolService": "service",
     "Transfer": "transfer",

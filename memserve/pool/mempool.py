@@ -16,23 +16,24 @@ A block is named by a number: those of HBM are the arena's own, from 0 on, and t
   content must be complete: every token's K and V of the inserted blocks is written.
 - `swap_out` and `swap_in` choose blocks and room and return a `Swap`; the caller copies the bytes and
   commits, or rolls back.
+- Sizes are in blocks, prompts in tokens, of which only whole blocks count. A block holds K and V of
+  `block_size` tokens for all layers, [num_layers, 2, block_size, num_kv_heads, head_dim].
 - `begin_io` and `end_io` bracket every copy and every launched step that may touch a block,
   whoever runs it: the block is not allocated again in between, whatever becomes of its request.
 - When a block loses its content its generation changes, before it can be allocated again: a
   reference that somebody still holds to it names nothing any more.
 
-A call that raises has changed nothing. Single-threaded: the engine's main loop owns the pool; a
-copy thread reports to the loop, which settles. This class moves no bytes and knows no tensor; other
+The paper leaves open what its flags mean, what is evicted and what fails (Table 1, §4): that is
+decided here. A call that raises has changed nothing; naming blocks that are not the caller's, or not
+in a state to be named, is a PoolError. Single-threaded: the engine's main loop owns the pool; a copy
+thread reports to the loop, which settles. This class moves no bytes and knows no tensor; other
 instances are not its business.
 """
 
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import final
-
-import msgspec
 
 from memserve.errors import OutOfBlocks, PoolError
 from memserve.pool.changes import Changes, Listener
@@ -40,30 +41,8 @@ from memserve.pool.events import IndexEvent
 from memserve.pool.generations import GenerationTable
 from memserve.pool.index import RadixIndex, Tokens, pack_tokens
 from memserve.pool.pending import Match, Swap
-from memserve.pool.refs import ArenaDescriptor, BlockRef, Tier, TierStats
-from memserve.pool.tiers import Holdings, TieredBlocks, TierMemory
-
-
-class PoolStats(msgspec.Struct, frozen=True):
-    """Blocks by tier and state, and totals since the start."""
-
-    hbm: TierStats
-    dram: TierStats | None
-    evictions: int
-    """Historical blocks that left the pool to make room, on either tier."""
-    hit_tokens: int
-    """Of the matches that were committed: a prompt that waits for room is looked up many times."""
-    queried_tokens: int
-    swapped_out: int
-    swapped_in: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Memory:
-    """A `TierMemory` of its two parts."""
-
-    descriptor: ArenaDescriptor
-    generations: GenerationTable
+from memserve.pool.refs import ArenaDescriptor, BlockRef, Kind, PoolStats, Tier
+from memserve.pool.tiers import Holdings, Memory, TieredBlocks, TierMemory
 
 
 @final
@@ -79,7 +58,7 @@ class MemPool:
     ) -> None:
         self.descriptor = descriptor
         self.block_size = descriptor.layout.block_size
-        self._blocks = TieredBlocks(_Memory(descriptor, generations), dram)
+        self._blocks = TieredBlocks(Memory(descriptor, generations), dram)
         self._index: RadixIndex[int] = RadixIndex(self.block_size, num_levels=len(Tier))
         self._changes = Changes(self._blocks, self.block_size)
         self._open_matches: set[Match] = set()
@@ -122,11 +101,21 @@ class MemPool:
         """Whether a copy or a launched step still touches this block."""
         return self._blocks.num_io(block) > 0
 
-    def alloc_mem(self, num_blocks: int, tier: Tier = Tier.HBM) -> list[int]:
+    def alloc_mem(self, num_blocks: int, kind: Kind = Kind.HBM) -> list[int]:
         """`num_blocks` blocks for the caller to write, evicting historical ones if need be.
 
-        Their content is undefined. Raises OutOfBlocks if even eviction can't yield so many.
+        Table 1's `alloc_mem(size, type)`. One reference to each is the caller's; those in HBM come
+        first. Their content is undefined. MIXED takes what is free in HBM without evicting there,
+        and the rest in DRAM; without a DRAM tier it is HBM. Raises OutOfBlocks if even eviction
+        can't yield so many, PoolError for less than none.
         """
+        if kind is not Kind.MIXED or not self.has_dram:
+            return self._allocate(num_blocks, Tier.DRAM if kind is Kind.DRAM else Tier.HBM)
+        num_hbm = min(self.num_free, num_blocks)
+        in_dram = self._allocate(num_blocks - num_hbm, Tier.DRAM)
+        return self._allocate(num_hbm, Tier.HBM) + in_dram  # they are free: this can't fail
+
+    def _allocate(self, num_blocks: int, tier: Tier) -> list[int]:
         books = self._blocks.of(tier)
         missing = num_blocks - books.num_free
         if missing > 0 and (missing > books.num_idle or not self._evict(missing, tier)):
@@ -137,18 +126,27 @@ class MemPool:
         return self._blocks.allocate(num_blocks, tier)
 
     def free_mem(self, blocks: Sequence[int]) -> None:
-        """End one reference to each entry; what the index keeps stays reusable."""
+        """End one reference to each entry; what the index keeps stays reusable.
+
+        Table 1's `free_mem(addrList)`. A block that stands twice is freed twice. PoolError if the
+        caller can't hold so many references.
+        """
         self._blocks.release(blocks)
 
     def retain(self, blocks: Sequence[int]) -> None:
-        """One more reference to each block: for a lease, or to share a prefix between choices."""
+        """One more reference to each block: for a lease, or to share a prefix between choices.
+
+        PoolError for a block without content.
+        """
         self._blocks.acquire(blocks)
 
     def match(self, tokens: Tokens, salt: str = "", *, deepest: Tier = Tier.DRAM) -> Match:
         """Pin the longest cached whole-block prefix of `tokens`, down to the tier `deepest`.
 
-        Leave out the last token of a prompt, since one must always be computed. Prompts of
-        different `salt` share nothing.
+        Table 1's `match(tokenList)`; `Match.blocks[i]` holds K and V of tokens [i * block_size, (i
+        + 1) * block_size). Never raises; what is not cached gives no blocks. Leave out the last
+        token of a prompt, since one must always be computed. Prompts of different `salt` share
+        nothing.
         """
         packed = pack_tokens(tokens)
         blocks = self._index.match(packed, salt)
@@ -162,10 +160,12 @@ class MemPool:
     def insert(self, tokens: Tokens, blocks: Sequence[int], salt: str = "") -> list[int]:
         """Keep for reuse: `blocks[i]` holds K and V of the i-th whole block of `tokens`.
 
-        The caller holds all these blocks, and none in HBM follows one in DRAM. Returns the blocks
-        now cached for these tokens: where some were cached before, those stay and the caller's
-        copies don't enter, except that a block in HBM takes the place of one in DRAM. They are not
-        pinned.
+        Table 1's `insert(tokenList, addrList)`: active KV becomes historical as well. The caller
+        holds all these blocks, and none in HBM follows one in DRAM. Returns the blocks now cached
+        for these tokens: where some were cached before, those stay and the caller's copies don't
+        enter, except that a block in HBM takes the place of one in DRAM. They are not pinned.
+        PoolError for more blocks than tokens fill, for blocks that nobody holds or that are cached
+        as something else, and for one in HBM after one in DRAM.
         """
         packed = pack_tokens(tokens)
         num_whole = len(packed) // (4 * self.block_size)
@@ -199,7 +199,8 @@ class MemPool:
     def delete(self, tokens: Tokens, salt: str = "") -> int:
         """Drop a prompt's cached data and its continuations; the number of blocks dropped.
 
-        Prefixes shared with other prompts stay. Requests that hold dropped blocks keep them.
+        Table 1's `delete(tokenList)`. Prefixes shared with other prompts stay. Requests that hold
+        dropped blocks keep them.
         """
         return self._dropped(self._index.delete(tokens, salt))
 
@@ -222,8 +223,9 @@ class MemPool:
     def swap_out(self, num_blocks: int) -> Swap | None:
         """Start to move up to `num_blocks` historical blocks, the coldest ones, from HBM to DRAM.
 
-        Colder history leaves DRAM where it lacks room. They leave HBM when the swap is committed.
-        None if nothing can be moved.
+        Table 1's `swap_out(num_blocks)`, least recently used first, never one in use. Colder
+        history leaves DRAM where it lacks room. They leave HBM when the swap is committed. None if
+        nothing can be moved.
         """
         if not self.has_dram:
             return None
@@ -241,8 +243,10 @@ class MemPool:
     def swap_in(self, blocks: Sequence[int], into: Sequence[int] | None = None) -> Swap:
         """Start to move these blocks, which hold content, from DRAM to HBM.
 
-        `into` names blocks of HBM that the caller holds and does not use before the swap is settled;
-        without it, room is allocated. Raises OutOfBlocks if there is none.
+        Table 1's `swap_in(addrList)`; `Swap.destinations[i]` gets what `blocks[i]` holds. `into`
+        names blocks of HBM that the caller holds and does not use before the swap is settled;
+        without it, room is allocated. Raises OutOfBlocks if there is none, PoolError for blocks
+        that are not where they must be.
         """
         if any(self.tier_of(block) is not Tier.DRAM for block in blocks):
             raise PoolError("only blocks in DRAM can be swapped in")
@@ -277,7 +281,8 @@ class MemPool:
     def refs(self, blocks: Sequence[int]) -> list[BlockRef]:
         """References to the present content of these blocks, for other instances.
 
-        Take them when the content is complete: from then on a reader may copy it.
+        The paper's addresses, which encode their instance (§4). Take them when the content is
+        complete: from then on a reader may copy it. PoolError for a block without content.
         """
         return self._blocks.refs(blocks)
 

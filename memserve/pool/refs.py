@@ -4,7 +4,7 @@ Values only: they travel in messages, compare by content and know no memory.
 """
 
 import hashlib
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 from typing import Literal, TypeAlias
 
 import msgspec
@@ -20,6 +20,15 @@ class Tier(IntEnum):
 
     HBM = 0
     DRAM = 1
+
+
+class Kind(StrEnum):
+    """Which memory an allocation may take: the paper's `type` of `alloc_mem` (Table 1)."""
+
+    HBM = "hbm"
+    DRAM = "dram"
+    MIXED = "mixed"
+    """What is free in HBM first, the rest in DRAM."""
 
 
 class BlockRef(msgspec.Struct, frozen=True, array_like=True):
@@ -48,6 +57,20 @@ class TierStats(msgspec.Struct, frozen=True):
     active: int
     historical: int
     in_flight: int
+
+
+class PoolStats(msgspec.Struct, frozen=True):
+    """Blocks by tier and state, and totals since the start."""
+
+    hbm: TierStats
+    dram: TierStats | None
+    evictions: int
+    """Historical blocks that left the pool to make room, on either tier."""
+    hit_tokens: int
+    """Of the matches that were committed: a prompt that waits for room is looked up many times."""
+    queried_tokens: int
+    swapped_out: int
+    swapped_in: int
 
 
 class ArenaLayout(msgspec.Struct, frozen=True):

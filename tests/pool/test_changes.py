@@ -6,7 +6,7 @@ import pytest
 
 from memserve.pool.events import Cleared, IndexEvent, Inserted, Moved, Removed
 from memserve.pool.mempool import MemPool
-from memserve.pool.refs import Tier
+from memserve.pool.refs import Kind, Tier
 from tests.pool.replica import Replica
 from tests.pool.test_mempool import BLOCK, cached_prompt, new_pool
 from tests.pool.test_tiers import NUM_HBM, Instance
@@ -92,7 +92,7 @@ def test_blocks_of_dram_are_numbered_within_their_arena() -> None:
     instance = Instance(0)
     try:
         events = heard(instance.pool)
-        (block,) = instance.pool.alloc_mem(1, Tier.DRAM)
+        (block,) = instance.pool.alloc_mem(1, Kind.DRAM)
         instance.pool.insert([1, 1], [block])
         assert block >= NUM_HBM
         assert events == [Inserted("", None, packed(1, 1), 1, [block - NUM_HBM], [0])]

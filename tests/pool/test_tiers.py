@@ -7,6 +7,8 @@ moments that hypothesis chooses, with everything else in between; whatever is fr
 
 import zlib
 from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +22,7 @@ from memserve.pool.arena import Arena
 from memserve.pool.int8 import block_from_int8, block_to_int8
 from memserve.pool.mempool import MemPool
 from memserve.pool.pending import Match, Swap
-from memserve.pool.refs import ArenaLayout, BlockRef, Encoding, Tier
+from memserve.pool.refs import ArenaLayout, BlockRef, Encoding, Kind, Tier
 from memserve.pool.transfer.memfd import MemfdTransfer
 from memserve.pool.transfer.tiers import TierCopy
 from tests.pool.peer import native_blocks
@@ -110,8 +112,11 @@ class Instance:
                 self.write([place + (NUM_HBM if tier is Tier.DRAM else 0)], [GARBAGE])
 
     def allocate(self, n: int, tier: Tier = Tier.HBM) -> list[int] | None:
+        return self.allocate_of(n, Kind[tier.name])
+
+    def allocate_of(self, n: int, kind: Kind) -> list[int] | None:
         try:
-            blocks = self.pool.alloc_mem(n, tier)
+            blocks = self.pool.alloc_mem(n, kind)
         except OutOfBlocks:
             return None
         for block in blocks:
@@ -208,9 +213,9 @@ class TwoInstances(RuleBasedStateMachine):
         if not (instance.requests or instance.matches or instance.swaps or instance.pulls):
             assert len(instance.pool._index) == 0
 
-    @rule(side=sides, n=st.integers(0, 4), tier=tiers)
-    def memory_is_taken_and_given_back(self, side: int, n: int, tier: Tier) -> None:
-        blocks = self.instances[side].allocate(n, tier)
+    @rule(side=sides, n=st.integers(0, 9), kind=st.sampled_from(list(Kind)))
+    def memory_is_taken_and_given_back(self, side: int, n: int, kind: Kind) -> None:
+        blocks = self.instances[side].allocate_of(n, kind)
         if blocks:
             self.instances[side].pool.free_mem(blocks)
 
@@ -372,3 +377,44 @@ TestTwoInstances = TwoInstances.TestCase
 TestTwoInstances.settings = ENOUGH
 TestTwoInstancesWithInt8 = TwoInstancesWithInt8.TestCase
 TestTwoInstancesWithInt8.settings = settings(ENOUGH, max_examples=40)
+
+
+@contextmanager
+def one_instance() -> Iterator[Instance]:
+    instance = Instance(0)
+    try:
+        yield instance
+    finally:
+        for arena in instance.arenas.values():
+            arena.close()
+
+
+def test_mixed_memory_takes_what_is_free_in_hbm_and_the_rest_in_dram() -> None:
+    with one_instance() as instance:
+        history = instance.pool.alloc_mem(2)
+        instance.pool.insert([1, 1, 2, 2], history)
+        instance.pool.free_mem(history)
+        blocks = instance.pool.alloc_mem(NUM_HBM, Kind.MIXED)
+        assert [instance.pool.tier_of(block) for block in blocks] == (
+            [Tier.HBM] * (NUM_HBM - 2) + [Tier.DRAM] * 2
+        )
+        with instance.pool.match([1, 1, 2, 2]) as match:
+            assert match.blocks == history
+        instance.pool.free_mem(blocks)
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+def test_an_allocation_of_any_kind_that_can_not_be_met_changes_nothing(kind: Kind) -> None:
+    with one_instance() as instance:
+        history = [instance.pool.alloc_mem(2, of) for of in (Kind.HBM, Kind.DRAM)]
+        held = [*history[0], *history[1]]
+        for number, blocks in enumerate(history):
+            instance.pool.insert([number] * 4, blocks)
+        refs = instance.pool.refs(held)
+        with pytest.raises(OutOfBlocks):
+            instance.pool.alloc_mem(NUM_HBM + NUM_DRAM - 3, kind)
+        with pytest.raises(PoolError):
+            instance.pool.alloc_mem(-1, kind)
+        assert instance.pool.refs(held) == refs
+        assert instance.pool.audit({"test": held}) == []
+        assert instance.pool.stats().evictions == 0
