@@ -41,6 +41,8 @@ class ServeConfig:
     admin_api_key: str | None = _flag(
         None, "Key for /admin and /reset_prefix_cache, which then take no other."
     )
+    tls_cert: str | None = _flag(None, "File with the certificate chain for HTTPS, in PEM.")
+    tls_key: str | None = _flag(None, "File with its private key, in PEM, without a password.")
     prefill: int | None = _flag(None, "Number of prefill workers.")
     decode: int | None = _flag(None, "Number of decode workers.")
     mixed: int | None = _flag(None, "Number of workers that prefill and decode.")
@@ -80,7 +82,23 @@ class ServeConfig:
     cache_dir_size: str = _flag("16G", "Most bytes of the files in --cache-dir.")
     max_num_seqs: int = _flag(64, "Most sequences that one worker runs at once.")
     max_num_batched_tokens: int = _flag(512, "Most tokens in one step of a worker.")
-    max_num_queued_reqs: int = _flag(1024, "Most requests in the server; more are answered 503.")
+    max_num_queued_reqs: int = _flag(
+        1024, "Most requests in the server, each choice for itself; more are answered 503."
+    )
+    max_num_queued_tokens: int = _flag(
+        1 << 20, "Most prompt tokens of all requests in the server; more are answered 503."
+    )
+    max_connections: int = _flag(
+        8192, "Most open connections; beyond, those idle longest are closed."
+    )
+    request_timeout: float | None = _flag(
+        None, "Most seconds that a request may take; then 504, or an error in its stream."
+    )
+    client_timeout: float = _flag(
+        90.0,
+        "Seconds that a client may be silent, send nothing of its request or take nothing of its "
+        "answer; then its connection is closed.",
+    )
     slo_ttft: float | None = _flag(None, "Objective: milliseconds to the first token.")
     slo_tpot: float | None = _flag(
         None, "Objective: mean milliseconds per token after the first, in every answer."

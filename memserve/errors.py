@@ -8,8 +8,10 @@
     │   ├── InvalidRequest    400
     │   ├── Unauthorized      401
     │   ├── NotFound          404
+    │   ├── ClientTooSlow     408
     │   ├── BodyTooLarge      413
     │   ├── Overloaded        503
+    │   ├── DeadlineExceeded  504
     │   └── RequestFailed     500
     ├── PoolError
     │   ├── OutOfBlocks       an allocation can't be met now
@@ -73,6 +75,12 @@ class NotFound(RequestError):
     kind = "not_found_error"
 
 
+class ClientTooSlow(RequestError):
+    """The request body did not come in time (408)."""
+
+    status = HTTPStatus.REQUEST_TIMEOUT
+
+
 class BodyTooLarge(RequestError):
     """The request body is larger than the server reads (413)."""
 
@@ -98,6 +106,16 @@ class Overloaded(RequestError):
     ) -> None:
         super().__init__(message, param=param, code=code)
         self.retry_after = retry_after
+
+
+class DeadlineExceeded(RequestError):
+    """The answer was not ready within the time that the client or the operator gave it (504).
+
+    504 and not 408, which blames the client for sending slowly: the front end waited for a worker.
+    """
+
+    status = HTTPStatus.GATEWAY_TIMEOUT
+    kind = "timeout_error"
 
 
 class RequestFailed(RequestError):

@@ -8,21 +8,21 @@ import asyncio
 import logging
 import math
 import signal
-import socket
 import sys
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-from aiohttp import web
 
 from memserve.cluster.cluster import Cluster
 from memserve.cluster.instance import InstancePlan
 from memserve.config import EngineConfig, ServeConfig, parse_size
 from memserve.errors import UsageError
-from memserve.frontend.service import ServerSettings
+from memserve.frontend.listening import answering, connection_limit, listen, tls_context
+from memserve.frontend.running import Running
+from memserve.frontend.service import FRONTEND, ServerSettings
 from memserve.frontend.timeline import Slo
 from memserve.machine import available_memory, divide_cores, has_fast_bf16, usable_cores
 from memserve.model.identity import weights_digest
@@ -53,6 +53,8 @@ class Server:
     url: str
     model_name: str
     cluster: Cluster
+    running: Running
+    """The requests that are being answered."""
 
 
 def plan_instances(config: ServeConfig, prepared: PreparedModel) -> list[InstancePlan]:
@@ -96,12 +98,23 @@ def plan_instances(config: ServeConfig, prepared: PreparedModel) -> list[Instanc
 
 def check_ranges(config: ServeConfig) -> None:
     """Refuse numbers that make no sense, whatever the model."""
-    for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_num_queued_reqs"):
+    for name in (
+        "block_size",
+        "max_num_seqs",
+        "max_num_batched_tokens",
+        "max_num_queued_reqs",
+        "max_num_queued_tokens",
+        "max_connections",
+    ):
         if getattr(config, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
     for name in ("handover_timeout", "shutdown_timeout"):
         if not 0 <= getattr(config, name) < math.inf:
             raise UsageError(f"--{name.replace('_', '-')} must be a number of seconds")
+    for name in ("client_timeout", "request_timeout"):
+        limit = getattr(config, name)
+        if limit is not None and not 0 < limit < math.inf:
+            raise UsageError(f"--{name.replace('_', '-')} must be a number of seconds above 0")
     for name in ("slo_ttft", "slo_tpot"):
         limit = getattr(config, name)
         if limit is not None and not 0 < limit < math.inf:
@@ -204,7 +217,7 @@ async def serving(config: ServeConfig, prepared: PreparedModel) -> AsyncIterator
     can't serve.
     """
     tokenizer = Tokenizer(prepared, chat_template=read_template(config.chat_template))
-    keys = read_keys(config)
+    keys, tls = read_keys(config), tls_context(config.tls_cert, config.tls_key)
     with listen(config.host, config.port) as sock:
         plans = plan_instances(config, prepared)
         by_cost = "cost" in (config.routing_policy, config.fetch_policy)
@@ -212,6 +225,7 @@ async def serving(config: ServeConfig, prepared: PreparedModel) -> AsyncIterator
             plans,
             Scheduler(scheduler_config(config)),
             max_num_queued_reqs=config.max_num_queued_reqs,
+            max_num_queued_tokens=config.max_num_queued_tokens,
             calibration=config.calibration and by_cost,
             returns=config.context_caching == "3",
         )
@@ -223,23 +237,21 @@ async def serving(config: ServeConfig, prepared: PreparedModel) -> AsyncIterator
                 seed=config.seed,
                 api_keys=keys,
                 admin_api_key=config.admin_api_key,
+                max_connections=connection_limit(config.max_connections),
+                client_timeout=config.client_timeout,
+                request_timeout=config.request_timeout,
                 slo=Slo(seconds(config.slo_ttft), seconds(config.slo_tpot)),
             )
             app = create_app(cluster, tokenizer, settings, counters=cluster.scheduler.counters)
-            runner = web.AppRunner(
-                app,
-                handler_cancellation=True,
-                access_log=None,
-                shutdown_timeout=config.shutdown_timeout,
-            )
-            await runner.setup()
-            try:
-                site = web.SockSite(runner, sock)
-                await site.start()
-                host, port = sock.getsockname()[:2]
-                yield Server(f"http://{host}:{port}", settings.model_name, cluster)
-            finally:
-                await runner.cleanup()
+            async with answering(app, sock, tls):
+                url = url_of(sock.getsockname()[:2], tls=tls is not None)
+                yield Server(url, settings.model_name, cluster, app[FRONTEND].running)
+
+
+def url_of(address: tuple[str, int], *, tls: bool) -> str:
+    """What a client on this machine connects to."""
+    host, port = address
+    return f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def servable_length(engine: EngineConfig, cluster: Cluster) -> int:
@@ -255,16 +267,6 @@ def servable_length(engine: EngineConfig, cluster: Cluster) -> int:
     return cluster.max_sequence_tokens
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises `UsageError` in one sentence if the address can't be had."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=1024)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UsageError(f"can't listen on {host}:{port}: {reason}") from None
-
-
 def serve(model: str | None, config: ServeConfig) -> None:
     """Run `memserve serve` until a signal ends it."""
     import uvloop
@@ -278,14 +280,31 @@ def serve(model: str | None, config: ServeConfig) -> None:
 
 
 async def _serve(config: ServeConfig, prepared: PreparedModel) -> None:
-    stop = asyncio.Event()
+    """Serve until a signal; a second one ends what the first lets finish."""
+    stop, hurry = asyncio.Event(), asyncio.Event()
+
+    def signalled() -> None:
+        (hurry if stop.is_set() else stop).set()
+
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
-    async with serving(config, prepared) as server:
+        loop.add_signal_handler(number, signalled)
+    async with AsyncExitStack() as stack:
+        starting = asyncio.create_task(stack.enter_async_context(serving(config, prepared)))
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            logger.info("stopped while starting")
+            return
+        server = starting.result()
         announce(server, config)
-        await stop.wait()
-        logger.info("stopping")
+        await stopping
+        logger.info(
+            "stopping; %d running requests get %g s", len(server.running), config.shutdown_timeout
+        )
+        await server.running.drain(config.shutdown_timeout, hurry)
 
 
 def announce(server: Server, config: ServeConfig) -> None:

@@ -21,8 +21,15 @@ from prometheus_client.registry import Collector
 
 from memserve import __version__
 from memserve.frontend.admin import admin_routes
+from memserve.frontend.bodies import Bodies
 from memserve.frontend.collectors import InstanceCollector, MemoCollector, SchedulerCollector
-from memserve.frontend.completions import create_chat_completion, create_completion, read
+from memserve.frontend.completions import create_chat_completion, create_completion
+from memserve.frontend.connections import (
+    CONNECTIONS,
+    Connections,
+    note_connection,
+    watch_connections,
+)
 from memserve.frontend.keys import require_keys
 from memserve.frontend.metrics import Metrics
 from memserve.frontend.middleware import answer_errors, send_request_id
@@ -54,6 +61,7 @@ def create_app(
     `counters` are the scheduler's, for /metrics.
     """
     middlewares: list[Middleware] = [
+        note_connection,
         answer_errors,
         require_keys(settings.api_keys, settings.admin_api_key),
     ]
@@ -80,7 +88,10 @@ def create_app(
         metrics=Metrics(settings.model_name, settings.max_model_len, collectors, settings.slo),
         settings=settings,
         system_fingerprint=f"memserve-{__version__}",
+        bodies=Bodies(max_bytes=settings.max_body_bytes, timeout=settings.client_timeout),
     )
+    app[CONNECTIONS] = Connections(limit=settings.max_connections, timeout=settings.client_timeout)
+    app.cleanup_ctx.append(watch_connections)
     app.cleanup_ctx.append(run_encoders)
     app.on_response_prepare.append(send_request_id)
     app.add_routes(
@@ -128,10 +139,10 @@ def _model_card(frontend: Frontend) -> ModelCard:
 async def tokenize(request: web.Request) -> web.Response:
     """POST /tokenize."""
     frontend = request.app[FRONTEND]
-    body = await read(request)
-    token_ids, with_texts = await run_sized(
-        request.app, len(body), plan_tokenize, body, frontend.model
-    )
+    async with frontend.bodies.receive(request) as body:
+        token_ids, with_texts = await run_sized(
+            request.app, len(body), plan_tokenize, body, frontend.model
+        )
     texts = [frontend.tokenizer.token_text(token) for token in token_ids] if with_texts else None
     return json_response(
         Tokenized(
@@ -146,14 +157,17 @@ async def tokenize(request: web.Request) -> web.Response:
 async def detokenize(request: web.Request) -> web.Response:
     """POST /detokenize."""
     frontend = request.app[FRONTEND]
-    body = await read(request)
-    text = await run_sized(request.app, len(body), plan_detokenize, body, frontend.model)
+    async with frontend.bodies.receive(request) as body:
+        text = await run_sized(request.app, len(body), plan_detokenize, body, frontend.model)
     return json_response(Detokenized(prompt=text))
 
 
 async def health(request: web.Request) -> web.Response:
     """GET /health and /ping: 200 when requests can be served, else 503 with the reasons."""
-    if problems := request.app[FRONTEND].service.problems():
+    frontend = request.app[FRONTEND]
+    if frontend.running.draining:
+        return json_response({"status": "shutting down"}, status=503)
+    if problems := frontend.service.problems():
         return json_response({"status": "unhealthy", "problems": problems}, status=503)
     return json_response({"status": "ok"})
 

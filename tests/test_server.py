@@ -1,34 +1,25 @@
 import asyncio
-import contextlib
 import gzip
 import json
 import logging
 import re
 import threading
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import openai
 import pytest
 import uvloop
-from aiohttp import web
 from blockbuster import BlockBuster, blockbuster_ctx
 
 from memserve.errors import InvalidRequest, Overloaded
-from memserve.frontend.service import ServerSettings
-from memserve.server import create_app
 from memserve.tokens import Tokenizer
 from tests.fakes import EOS, VOCAB_SIZE, ScriptedGenerator, byte_tokenizer
+from tests.serving import MAX_MODEL_LEN, MODEL, Served, serve
 
-MODEL = "org/bytes"
-MAX_MODEL_LEN = 512
 TEXT = "Grüße, wörld 🌍! One two three."
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
-
-Events = list[dict[str, Any]]
 
 
 @pytest.fixture(autouse=True)
@@ -49,65 +40,6 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 def merging(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """One in which a text may be spelled in several ways."""
     return byte_tokenizer(tmp_path_factory.mktemp("merging"), [("a", "b"), ("ab", "c")])
-
-
-@dataclass
-class Served:
-    """A running server and its clients."""
-
-    generator: ScriptedGenerator
-    url: str
-    port: int
-    http: aiohttp.ClientSession
-    client: openai.AsyncOpenAI
-
-    async def post(self, path: str, body: object) -> tuple[int, Any]:
-        async with self.http.post(self.url + path, json=body) as response:
-            return response.status, await response.json()
-
-    async def stream(self, path: str, body: dict[str, Any]) -> Events:
-        """The events of a stream, whose end is checked."""
-        async with self.http.post(self.url + path, json={**body, "stream": True}) as response:
-            assert response.status == 200, await response.text()
-            assert response.content_type == "text/event-stream"
-            text = await response.text()
-        lines = text.split("\n\n")
-        assert lines[-2:] == ["data: [DONE]", ""]
-        return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
-
-
-@contextlib.asynccontextmanager
-async def serve(
-    tokenizer: Tokenizer,
-    generator: ScriptedGenerator,
-    *,
-    api_keys: tuple[str, ...] = (),
-    admin: str | None = None,
-) -> AsyncIterator[Served]:
-    settings = ServerSettings(
-        model_name=MODEL,
-        max_model_len=MAX_MODEL_LEN,
-        vocab_size=VOCAB_SIZE,
-        api_keys=api_keys,
-        admin_api_key=admin,
-        max_body_bytes=100_000,
-    )
-    app = create_app(generator, tokenizer, settings)
-    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    port = runner.addresses[0][1]
-    url = f"http://127.0.0.1:{port}"
-    client = openai.AsyncOpenAI(
-        base_url=f"{url}/v1", api_key=api_keys[0] if api_keys else "none", max_retries=0
-    )
-    try:
-        async with aiohttp.ClientSession() as http, client:
-            yield Served(generator, url, port, http, client)
-    finally:
-        await runner.cleanup()
-        assert generator.num_inside == 0
 
 
 @pytest.fixture
@@ -699,8 +631,9 @@ async def test_a_failure_in_the_middle_of_a_stream_is_its_last_event(
         served.url + COMPLETIONS, json={"prompt": "a", "stream": True}
     ) as response:
         text = await response.text()
-    assert "[DONE]" not in text
-    last = json.loads(text.strip().rpartition("data: ")[2])
+    *_, last_event, done, end = text.split("\n\n")
+    assert (done, end) == ("data: [DONE]", "")
+    last = json.loads(last_event.removeprefix("data: "))
     assert last["error"]["type"] == "server_error"
 
 

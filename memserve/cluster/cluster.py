@@ -15,11 +15,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, assert_never
 
+from memserve.cluster.admission import Admission
 from memserve.cluster.elastic import adapt_roles, drain, join, set_role
 from memserve.cluster.instance import Instance, InstancePlan, Spawn, spawn_process
 from memserve.cluster.knowledge import Knowledge
 from memserve.cluster.membership import Membership
-from memserve.cluster.pace import Pace
 from memserve.cluster.questions import Questions
 from memserve.cluster.returning import Returns
 from memserve.cluster.streams import Outlet, Stream, Streams
@@ -51,6 +51,7 @@ from memserve.scheduler.scheduler import Scheduler
 logger = logging.getLogger(__name__)
 
 INSPECT_TIMEOUT_S = 30.0
+DEFAULT_MAX_NUM_QUEUED_TOKENS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,7 @@ class Cluster:
         scheduler: Scheduler,
         *,
         max_num_queued_reqs: int,
+        max_num_queued_tokens: int = DEFAULT_MAX_NUM_QUEUED_TOKENS,
         calibration: bool = False,
         returns: bool = True,
         spawn: Spawn = spawn_process,
@@ -92,9 +94,8 @@ class Cluster:
             enabled=returns,
         )
         self._streams = Streams(scheduler, self._members.by_number, self.returns.ended)
-        self._max_num_queued_reqs = max_num_queued_reqs
         self._streams_by_request: dict[str, list[Stream]] = {}
-        self._pace = Pace()
+        self._admission = Admission(max_num_queued_reqs, max_num_queued_tokens)
         self._inspections: Questions[Inspection] = Questions()
         self._calls: Questions[PoolReply] = Questions()
         self._lost: dict[int, str] = {}
@@ -163,6 +164,7 @@ class Cluster:
         outlet: Outlet = asyncio.Queue()
         streams: list[Stream] = []
         self._streams_by_request[generation.request_id] = streams
+        self._admission.enter(generation)
         try:
             streams.extend(
                 self._streams.open(generation, choice, ask, placement, outlet)
@@ -171,7 +173,7 @@ class Cluster:
             yield self._tokens(streams, outlet)
         finally:
             del self._streams_by_request[generation.request_id]
-            self._pace.left(time.monotonic())
+            self._admission.leave(generation)
             for stream in streams:
                 self._streams.close(stream)
 
@@ -274,11 +276,7 @@ class Cluster:
         """Refuse what can't be served at all, or not now."""
         if self._lost:
             raise Overloaded("; ".join(self._lost.values()))
-        if self.num_requests >= self._max_num_queued_reqs:
-            raise Overloaded(
-                f"{self.num_requests} requests are queued already; try again later",
-                retry_after=self._pace.wait(self.num_requests),
-            )
+        self._admission.check(generation)
         if generation.request_id in self._streams_by_request:
             raise InvalidRequest(f"request id {generation.request_id!r} is in use")
         num_tokens = len(generation.prompt) + generation.sampling.max_tokens

@@ -14,10 +14,9 @@ from http import HTTPStatus
 import aiohttp
 import msgspec
 from aiohttp import web
-from aiohttp.http_exceptions import HttpProcessingError
 
-from memserve.errors import InvalidRequest, Overloaded, RequestError, RequestFailed
-from memserve.frontend.middleware import caller, request_id
+from memserve.errors import Overloaded, RequestError, RequestFailed
+from memserve.frontend.middleware import caller, log_failure, request_id
 from memserve.frontend.service import FRONTEND, json_response, run_sized
 from memserve.frontend.streaming import open_answers
 from memserve.frontend.timeline import Moment, Timeline
@@ -33,6 +32,8 @@ STREAM_HEADERS = {
     "X-Accel-Buffering": "no",
 }
 
+DONE = b"data: [DONE]\n\n"
+
 PlanMaker = Callable[[bytes, ServedModel, Caller], Plan]
 
 
@@ -44,14 +45,6 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
 async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     """POST /v1/chat/completions."""
     return await _answer(request, plan_chat)
-
-
-async def read(request: web.Request) -> bytes:
-    """The whole body. Raises `InvalidRequest` when its encoding is broken."""
-    try:
-        return await request.read()
-    except (aiohttp.ClientPayloadError, HttpProcessingError, web.RequestPayloadError):
-        raise InvalidRequest("The request body can't be decoded.") from None
 
 
 async def _answer(request: web.Request, make_plan: PlanMaker) -> web.StreamResponse:
@@ -88,8 +81,11 @@ async def _respond(
     request: web.Request, make_plan: PlanMaker, life: Timeline
 ) -> web.StreamResponse:
     frontend = request.app[FRONTEND]
-    body = await read(request)
-    plan = await run_sized(request.app, len(body), make_plan, body, frontend.model, caller(request))
+    arrived = asyncio.get_running_loop().time()
+    frontend.running.check_open()
+    plan = await _plan(request, make_plan)
+    limit = _time_limit(plan, frontend.settings.request_timeout)
+    deadline = None if limit is None else arrived + limit
     life.num_prompt_tokens = plan.num_prompt_tokens
     life.max_tokens = plan.generations[0].sampling.max_tokens
     presenter = presenter_for(
@@ -99,20 +95,45 @@ async def _respond(
         system_fingerprint=frontend.system_fingerprint,
     )
     if plan.stream:
-        return await _stream(request, plan, presenter, life)
-    async with open_answers(frontend.service, plan, frontend.tokenizer, life) as answers:
+        return await _stream(request, plan, presenter, life, deadline)
+    async with (
+        frontend.running.until(deadline),
+        open_answers(frontend.service, plan, frontend.tokenizer, life) as answers,
+    ):
         whole = await answers.take_whole()
     return json_response(presenter.whole(whole, _usage(plan, life)))
 
 
+async def _plan(request: web.Request, make_plan: PlanMaker) -> Plan:
+    """Read and check a request; its body is forgotten when this returns."""
+    frontend = request.app[FRONTEND]
+    async with frontend.bodies.receive(request) as body:
+        return await run_sized(
+            request.app, len(body), make_plan, body, frontend.model, caller(request)
+        )
+
+
+def _time_limit(plan: Plan, most: float | None) -> float | None:
+    """Seconds that a request may take: the client's wish, or less if the operator says so."""
+    limits = [limit for limit in (plan.timeout, most) if limit is not None]
+    return min(limits, default=None)
+
+
 async def _stream(
-    request: web.Request, plan: Plan, presenter: Presenter, life: Timeline
+    request: web.Request,
+    plan: Plan,
+    presenter: Presenter,
+    life: Timeline,
+    deadline: float | None,
 ) -> web.StreamResponse:
     """Send the answer as server-sent events, a chunk for a token while the client keeps up."""
     frontend = request.app[FRONTEND]
     response = web.StreamResponse(headers=STREAM_HEADERS)
     try:
-        async with open_answers(frontend.service, plan, frontend.tokenizer, life) as answers:
+        async with (
+            frontend.running.until(deadline),
+            open_answers(frontend.service, plan, frontend.tokenizer, life) as answers,
+        ):
             while deltas := await answers.take():
                 if not response.prepared:
                     await response.prepare(request)
@@ -121,14 +142,14 @@ async def _stream(
                 # Returns when the client has room again; meanwhile new tokens are merged.
                 await response.write(_events(chunks))
         last = [presenter.usage_chunk(_usage(plan, life))] if plan.include_usage else []
-        await response.write(_events(last) + b"data: [DONE]\n\n")
+        await response.write(_events(last) + DONE)
     except aiohttp.ClientConnectionResetError:
         raise
     except Exception as error:
         if not response.prepared:
             raise
         life.stamp(Moment.FAILED)
-        await response.write(_events([error_body(_told(error, life))]))
+        await response.write(_events([error_body(_told(error, life))]) + DONE)
     await response.write_eof()
     return response
 
@@ -137,7 +158,7 @@ def _told(error: Exception, life: Timeline) -> RequestError:
     """What a client in the middle of a stream is told of an error."""
     if isinstance(error, RequestError):
         return error
-    logger.error("request %s: internal error", life.request_id, exc_info=error)
+    log_failure(life.request_id, error)
     return RequestFailed("internal error")
 
 

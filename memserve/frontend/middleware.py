@@ -2,6 +2,7 @@
 
 import logging
 import math
+import traceback
 import uuid
 from http import HTTPStatus
 
@@ -10,6 +11,7 @@ from aiohttp.typedefs import Handler
 
 from memserve.errors import (
     BodyTooLarge,
+    DeadlineExceeded,
     InvalidRequest,
     NotFound,
     Overloaded,
@@ -69,8 +71,8 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
         return response
     except ClientConnectionResetError:
         raise  # nobody is there to be answered
-    except Exception:
-        logger.exception("request %s: internal error", request_id(request))
+    except Exception as error:  # noqa: BLE001 - it is logged, without what it quotes
+        log_failure(request_id(request), error)
         return error_response(RequestFailed("internal error"))
 
 
@@ -79,7 +81,22 @@ def error_response(error: RequestError, *, status: int | None = None) -> web.Res
     response = json_response(error_body(error), status=status or error.status)
     if isinstance(error, Overloaded):
         response.headers["Retry-After"] = str(_whole_seconds(error.retry_after))
+    if isinstance(error, DeadlineExceeded):
+        # OpenAI's clients would send it again, and nobody waits for the answer any more.
+        response.headers["X-Should-Retry"] = "false"
     return response
+
+
+def log_failure(request: str, error: BaseException) -> None:
+    """Log a failure of our own: what and where, without its message, which may quote a prompt.
+
+    At debug level the message comes too.
+    """
+    if logger.isEnabledFor(logging.DEBUG):
+        logger.error("request %s: internal error", request, exc_info=error)
+        return
+    places = "".join(traceback.format_tb(error.__traceback__))
+    logger.error("request %s: internal error, %s at\n%s", request, type(error).__name__, places)
 
 
 def _whole_seconds(retry_after: float | None) -> int:

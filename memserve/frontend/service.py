@@ -13,8 +13,10 @@ from typing import ParamSpec, Protocol, TypeVar
 import msgspec
 from aiohttp import web
 
+from memserve.frontend.bodies import Bodies
 from memserve.frontend.collectors import InstanceView
 from memserve.frontend.metrics import Metrics
+from memserve.frontend.running import Running
 from memserve.frontend.timeline import Slo
 from memserve.generation import Generator
 from memserve.messages import Inspection
@@ -28,6 +30,9 @@ NUM_ENCODERS = 2
 """Threads for that: the cores are the workers'."""
 
 DEFAULT_MAX_BODY_BYTES = 32 << 20
+DEFAULT_MAX_CONNECTIONS = 8192
+DEFAULT_CLIENT_TIMEOUT_S = 90.0
+"""Longer than the minute for which proxies keep an idle connection: they close it first."""
 DEFAULT_CHAT_MEMO_BYTES = 64 << 20
 """Four bytes for a token: a few thousand conversations of a few thousand tokens."""
 
@@ -94,6 +99,11 @@ class ServerSettings:
     admin_api_key: str | None = None
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
     chat_memo_bytes: int = DEFAULT_CHAT_MEMO_BYTES
+    max_connections: int = DEFAULT_MAX_CONNECTIONS
+    client_timeout: float = DEFAULT_CLIENT_TIMEOUT_S
+    """Seconds that a client may keep the server waiting."""
+    request_timeout: float | None = None
+    """Seconds that any request may take; None: for ever."""
     slo: Slo = field(default_factory=Slo)
 
 
@@ -107,6 +117,8 @@ class Frontend:
     metrics: Metrics
     settings: ServerSettings
     system_fingerprint: str
+    bodies: Bodies
+    running: Running = field(default_factory=Running)
     started: int = field(default_factory=lambda: int(time.time()))
     """Unix time in seconds."""
 

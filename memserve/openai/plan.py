@@ -99,6 +99,8 @@ class Plan:
     continuous_usage: bool
     logprobs: int | None
     return_token_ids: bool
+    timeout: float | None
+    """Seconds that the client gives the answer; None: any."""
     conversation: Conversation | None
     """Where the answers of a chat are remembered; None: nowhere."""
 
@@ -256,6 +258,7 @@ def _plan(
         continuous_usage=continuous_usage,
         logprobs=logprobs,
         return_token_ids=bool(request.return_token_ids),
+        timeout=validation.time_limit(request),
         conversation=conversation,
     )
 

@@ -57,6 +57,8 @@ class CommonFields(msgspec.Struct, kw_only=True):
     truncate_prompt_tokens: int | None = None
     cache_salt: str | None = None
     priority: int | None = None
+    timeout: float | None = None
+    """Seconds after which nobody wants the answer any more."""
     return_token_ids: bool | None = None
     response_format: ResponseFormat | None = None
     user: str | None = None

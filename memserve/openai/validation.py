@@ -153,6 +153,18 @@ def priority(request: CommonFields) -> int:
     return _integer("priority", request.priority, 0, low=-PRIORITY_BOUND, high=PRIORITY_BOUND - 1)
 
 
+def time_limit(request: CommonFields) -> float | None:
+    """Seconds that the request may take; None: the client does not say."""
+    if request.timeout is None:
+        return None
+    if not 0 < request.timeout < math.inf:
+        raise InvalidRequest(
+            f"`timeout` must be a number of seconds above 0, got {request.timeout}.",
+            param="timeout",
+        )
+    return float(request.timeout)
+
+
 def requested_seed(request: CommonFields) -> int | None:
     """The client's seed, any signed 64-bit integer; None when it brought none."""
     if request.seed is None:

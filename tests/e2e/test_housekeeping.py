@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from memserve.cluster.cluster import Cluster
 from memserve.config import ServeConfig
 from memserve.errors import UsageError
 from memserve.model.prepared import PreparedModel
-from tests.e2e.servers import SMALL, serve, shared_memory_files, wait_until_gone
+from tests.e2e.servers import SMALL, children, serve, shared_memory_files, wait_until_gone
 from tests.workers.rig import Crossing
 
 
@@ -117,3 +118,73 @@ def test_a_worker_that_dies_fails_its_requests_and_the_health_check(log: Path) -
         with pytest.raises(openai.InternalServerError, match="has died"):
             client.completions.create(model="SmolLM2-135M-Instruct", prompt="And then")
         assert server.stop() == 0
+
+
+def test_after_a_signal_streams_end_and_nothing_new_begins(log: Path) -> None:
+    with serve(*SMALL, log=log) as server:
+        client = server.client()
+        extra = {"ignore_eos": True}
+        stream = client.completions.create(
+            model="", prompt="Once upon a time", max_tokens=300, stream=True, extra_body=extra
+        )
+        next(stream)
+        server.process.send_signal(signal.SIGTERM)
+        with pytest.raises(openai.InternalServerError, match="shutting down"):
+            ask_until_refused(client)
+        with pytest.raises(urllib.error.HTTPError) as refused_health:
+            server.get("/health")
+        assert refused_health.value.code == 503
+        assert b"shutting down" in refused_health.value.read()
+        refused_health.value.close()
+        *_, last = stream
+        assert last.choices[0].finish_reason == "length"
+        assert server.process.wait(30) == 0
+
+
+def ask_until_refused(client: openai.OpenAI) -> None:
+    for _ in range(1000):
+        client.completions.create(model="", prompt="b", max_tokens=1)
+
+
+@pytest.mark.parametrize("how", ["a second signal", "a time-out"])
+def test_streams_that_may_not_end_are_told_so(log: Path, how: str) -> None:
+    before = shared_memory_files()
+    timeout = "1" if how == "a time-out" else "1000"
+    with serve(*SMALL, "--shutdown-timeout", timeout, log=log) as server:
+        workers = server.workers()
+        stream = server.client().completions.create(
+            model="", prompt="a", max_tokens=8000, stream=True, extra_body={"ignore_eos": True}
+        )
+        next(stream)
+        server.process.send_signal(signal.SIGTERM)
+        if how == "a second signal":
+            for _ in range(20):
+                next(stream)
+            server.process.send_signal(signal.SIGINT)
+        with pytest.raises(openai.APIError, match="shutting down"):
+            for _ in stream:
+                pass
+        assert server.process.wait(30) == 0
+        wait_until_gone(workers)
+    assert shared_memory_files() == before
+
+
+def test_a_signal_ends_a_server_that_is_still_starting(log: Path) -> None:
+    before = shared_memory_files()
+    command = [sys.executable, "-m", "memserve", "serve", *SMALL]
+    with log.open("wb") as errors, subprocess.Popen(command, stderr=errors) as process:
+        while not (workers := children(process.pid)) or not any(map(is_worker, workers)):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    assert "Traceback" not in log.read_text()
+    wait_until_gone(workers)
+    assert shared_memory_files() == before
+
+
+def is_worker(pid: int) -> bool:
+    try:
+        return b"memserve.workers.entry" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # it has ended meanwhile
+        return False
