@@ -43,7 +43,7 @@ async def test_a_server_with_a_certificate_speaks_https_and_nothing_else(
         with pytest.raises(aiohttp.ClientError):
             await served.http.get(served.url.replace("https", "http") + "/health")
         old = ssl.create_default_context(cafile=certificate[0])
-        with pytest.warns(DeprecationWarning):
+        with pytest.warns(DeprecationWarning, match="TLSv1_1"):
             old.maximum_version = ssl.TLSVersion.TLSv1_1
         with pytest.raises(aiohttp.ClientConnectorSSLError):
             await served.http.get(served.url + "/health", ssl=old)
