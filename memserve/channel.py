@@ -2,7 +2,8 @@
 
 A `Channel` sends and receives the tagged structs of `memserve.messages` as MessagePack maps; msgpack
 does the framing, msgspec checks the types. What arrives is trusted to be memserve's own (both ends
-are ours, the socket pair has no name), but never executed: nothing here unpickles.
+are ours, the socket pair has no name), but never executed: nothing here unpickles, and whatever is
+no message ends the channel.
 
 Descriptors are sent before the message that announces them, so that whoever reads the message finds
 the descriptor waiting.
@@ -20,6 +21,8 @@ from memserve.errors import ChannelClosed
 
 READ_SIZE = 1 << 18
 MAX_FRAME = 1 << 28
+MAX_ITEMS = 1 << 22
+"""Of one list or map; a header of five bytes must not make us allocate gigabytes."""
 
 T = TypeVar("T")
 
@@ -36,7 +39,13 @@ class Channel(Generic[T]):
         self._reader = reader
         self._writer = writer
         self._incoming = incoming
-        self._unpacker = msgpack.Unpacker(strict_map_key=False, max_buffer_size=MAX_FRAME)
+        self._unpacker = msgpack.Unpacker(
+            strict_map_key=False,
+            max_buffer_size=MAX_FRAME,
+            max_array_len=MAX_ITEMS,
+            max_map_len=MAX_ITEMS,
+            max_ext_len=0,
+        )
 
     @classmethod
     async def open(cls, sock: socket.socket, incoming: Any) -> "Channel[T]":  # noqa: ANN401
@@ -56,7 +65,11 @@ class Channel(Generic[T]):
         self._writer.write(msgpack.packb(msgspec.to_builtins(message)))
 
     async def batches(self) -> AsyncIterator[list[T]]:
-        """Messages as they arrive, all that one read brought together; ends when the peer leaves."""
+        """Messages as they arrive, all that one read brought together; ends when the peer leaves.
+
+        Raises `ChannelClosed` for bytes that are no message of the expected kind; nothing that comes
+        after them can be understood.
+        """
         while True:
             try:
                 data = await self._reader.read(READ_SIZE)
@@ -64,8 +77,17 @@ class Channel(Generic[T]):
                 return
             if not data:
                 return
+            yield self._unpack(data)
+
+    def _unpack(self, data: bytes) -> list[T]:
+        try:
             self._unpacker.feed(data)
-            yield [msgspec.convert(item, self._incoming) for item in self._unpacker]
+            return [msgspec.convert(item, self._incoming) for item in self._unpacker]
+        except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
+            # msgspec's ValidationError is a ValueError, and so is most of msgpack's.
+            raise ChannelClosed(
+                f"the other process sent what is no message ({type(error).__name__})"
+            ) from None
 
     async def close(self) -> None:
         """Flush what is queued and close."""
