@@ -112,6 +112,9 @@ class ServeConfig:
         "by layer while a chunk is computed.",
         choices=("chunk", "request", "layer"),
     )
+    worker_timeout: float = _flag(
+        10.0, "Seconds without a sign of life after which a worker is taken for dead."
+    )
     routing_policy: str = _flag(
         "cost",
         "Who prefills a request: by turns, the least loaded, always the same for a session, whose "

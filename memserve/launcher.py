@@ -44,6 +44,7 @@ from memserve.tokens import Tokenizer
 logger = logging.getLogger(__name__)
 
 MAX_DEFAULT_CACHE = 2 << 30  # bytes a worker
+MIN_WORKER_TIMEOUT_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +116,11 @@ def check_ranges(config: ServeConfig) -> None:
         limit = getattr(config, name)
         if limit is not None and not 0 < limit < math.inf:
             raise UsageError(f"--{name.replace('_', '-')} must be a number of seconds above 0")
+    if not MIN_WORKER_TIMEOUT_S <= config.worker_timeout < math.inf:
+        raise UsageError(
+            f"--worker-timeout must be at least {MIN_WORKER_TIMEOUT_S:g} seconds: workers give a "
+            "sign of life once a second"
+        )
     for name in ("slo_ttft", "slo_tpot"):
         limit = getattr(config, name)
         if limit is not None and not 0 < limit < math.inf:
@@ -228,6 +234,7 @@ async def serving(config: ServeConfig, prepared: PreparedModel) -> AsyncIterator
             max_num_queued_tokens=config.max_num_queued_tokens,
             calibration=config.calibration and by_cost,
             returns=config.context_caching == "3",
+            worker_timeout=config.worker_timeout,
         )
         async with cluster.running():
             settings = ServerSettings(

@@ -5,7 +5,8 @@ structs, sent as MessagePack maps (`memserve.channel`). KV bytes never travel in
 descriptors travel over a second socket, in the order of the messages that announce them.
 
 A *ticket* names one dispatch of one choice of one request. Tickets only grow, so an event of an
-earlier dispatch can't be mistaken for one of a later one, and a lower ticket is an older claim.
+earlier dispatch can't be mistaken for one of a later one, and a lower ticket is an older claim. When
+a worker dies, what it worked on is dispatched again, under new tickets, with the answers so far.
 
 A request that is prefilled on P and decoded on D:
 
@@ -100,6 +101,8 @@ class Submit(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     fetch: list[BlockRef] = []
     """Blocks of the prompt, from number `first_fetched_block` on, to copy from where they are
     unless the instance has them; what can't be had is computed."""
+    outputs: list[int] = []
+    """The answer so far, of one whose worker has died: the next token takes the place after it."""
 
 
 class Expect(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
@@ -111,6 +114,8 @@ class Expect(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     sampling: SamplingParams
     cache_salt: str = ""
     reuse: bool = True
+    outputs: list[int] = []
+    """As in `Submit`."""
 
 
 class Settle(msgspec.Struct, frozen=True, tag=True):

@@ -163,12 +163,17 @@ async def detokenize(request: web.Request) -> web.Response:
 
 
 async def health(request: web.Request) -> web.Response:
-    """GET /health and /ping: 200 when requests can be served, else 503 with the reasons."""
+    """GET /health and /ping: 200 while requests can be served, else 503 with the reasons.
+
+    With 200 the body says which workers are down, if any.
+    """
     frontend = request.app[FRONTEND]
     if frontend.running.draining:
         return json_response({"status": "shutting down"}, status=503)
     if problems := frontend.service.problems():
         return json_response({"status": "unhealthy", "problems": problems}, status=503)
+    if down := frontend.service.down():
+        return json_response({"status": "degraded", "down": down})
     return json_response({"status": "ok"})
 
 

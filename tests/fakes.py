@@ -145,6 +145,7 @@ class ScriptedGenerator:
         self.broken: Exception | None = None
         """What is raised instead of `RequestFailed`."""
         self.problem_list: list[str] = []
+        self.down_list: list[str] = []
         self.generations: list[Generation] = []
         self.aborted: list[int] = []
         self.num_resets = 0
@@ -180,6 +181,9 @@ class ScriptedGenerator:
 
     def problems(self) -> list[str]:
         return self.problem_list
+
+    def down(self) -> list[str]:
+        return self.down_list
 
     async def inspect(self) -> list[FakeReport]:
         return [

@@ -752,6 +752,13 @@ async def test_health_tells_the_reasons_of_an_unhealthy_cluster(served: Served) 
             assert (await response.json())["problems"] == ["worker decode-1 has died"]
 
 
+async def test_health_names_the_workers_that_are_down_while_others_serve(served: Served) -> None:
+    served.generator.down_list = ["worker decode-1 has died"]
+    async with served.http.get(served.url + "/health") as response:
+        assert response.status == 200
+        assert (await response.json())["down"] == ["worker decode-1 has died"]
+
+
 async def test_the_pool_can_be_inspected_and_its_history_dropped(served: Served) -> None:
     async with served.http.get(served.url + "/admin/pool") as response:
         pool = await response.json()

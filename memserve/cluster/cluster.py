@@ -2,35 +2,37 @@
 
 A request enters through `generate`, an async context manager; leaving it, for whatever reason, makes
 every worker forget what is left of the request. Where it runs is the scheduler's decision, who owns a
-ticket that of `memserve.cluster.streams`.
+ticket that of `memserve.cluster.streams`. A worker that dies, or is not heard of any more, starts again
+(`reviving`), and its requests go on elsewhere (`recovery`).
 
 Runs on one event loop and imports no torch. It does not parse requests and does not see text.
 """
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Any, assert_never
 
 from memserve.cluster.admission import Admission
 from memserve.cluster.elastic import adapt_roles, drain, join, set_role
+from memserve.cluster.inspecting import Inspections, InstanceReport
 from memserve.cluster.instance import Instance, InstancePlan, Spawn, spawn_process
 from memserve.cluster.knowledge import Knowledge
+from memserve.cluster.liveness import Liveness
 from memserve.cluster.membership import Membership
 from memserve.cluster.questions import Questions
+from memserve.cluster.recovery import Recovery, ask_of, decide
 from memserve.cluster.returning import Returns
-from memserve.cluster.streams import Outlet, Stream, Streams
-from memserve.errors import ChannelClosed, InvalidRequest, Overloaded, RequestError
+from memserve.cluster.reviving import Reviver
+from memserve.cluster.streams import Request, Streams
+from memserve.errors import ChannelClosed, InvalidRequest, Overloaded, RequestError, UsageError
 from memserve.generation import ChoiceToken, Generation
 from memserve.messages import (
     Calibrated,
     Declined,
     Heartbeat,
     IndexEvents,
-    Inspect,
     Inspection,
     PoolAnswer,
     PoolCall,
@@ -50,24 +52,15 @@ from memserve.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
-INSPECT_TIMEOUT_S = 30.0
 DEFAULT_MAX_NUM_QUEUED_TOKENS = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class InstanceReport:
-    """One instance's books, recounted, and how the launcher sees its load."""
-
-    number: int
-    name: str
-    inspection: Inspection
 
 
 class Cluster:
     """Serves generations on a set of workers; implements `memserve.generation.Generator`.
 
     With `calibration` workers time a few steps before their first request, for the scheduler. With
-    `returns` the KV of answers comes back to where their prompts were prefilled.
+    `returns` the KV of answers comes back to where their prompts were prefilled. A worker that is
+    silent for `worker_timeout` seconds is taken for dead.
     """
 
     def __init__(
@@ -79,6 +72,7 @@ class Cluster:
         max_num_queued_tokens: int = DEFAULT_MAX_NUM_QUEUED_TOKENS,
         calibration: bool = False,
         returns: bool = True,
+        worker_timeout: float = 10.0,
         spawn: Spawn = spawn_process,
     ) -> None:
         self._members = Membership(plans, spawn)
@@ -94,11 +88,20 @@ class Cluster:
             enabled=returns,
         )
         self._streams = Streams(scheduler, self._members.by_number, self.returns.ended)
-        self._streams_by_request: dict[str, list[Stream]] = {}
+        self._requests: dict[str, Request] = {}
         self._admission = Admission(max_num_queued_reqs, max_num_queued_tokens)
-        self._inspections: Questions[Inspection] = Questions()
+        self._inspections = Inspections()
         self._calls: Questions[PoolReply] = Questions()
-        self._lost: dict[int, str] = {}
+        self._liveness = Liveness(worker_timeout)
+        self.reviver = Reviver(self._members, self._serve, self._streams.note_change)
+        self.recovery = Recovery(
+            self._streams,
+            scheduler,
+            self._members.by_number,
+            hopeless=lambda: not self._hopeful,
+            convicted=self.reviver.forgive,
+        )
+        self._max_sequence_tokens = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
@@ -110,10 +113,14 @@ class Cluster:
         await self._members.start_all()
         try:
             for instance in self.instances:
-                self._admit_instance(instance)
                 self.in_background(self._read(instance))
+                self._join(instance)
             if self._calibration:
                 await self._knowledge.calibrate(self.instances)
+            for instance in self.instances:
+                self._liveness.watch(instance)
+            self.in_background(self._liveness.run(self._hangs))
+            self.in_background(self.recovery.run())
             self.in_background(adapt_roles(self))
             yield self
         finally:
@@ -131,7 +138,7 @@ class Cluster:
     @property
     def num_requests(self) -> int:
         """Requests that are in the cluster now."""
-        return len(self._streams_by_request)
+        return len(self._requests)
 
     @property
     def num_streams(self) -> int:
@@ -141,59 +148,45 @@ class Cluster:
     @property
     def max_sequence_tokens(self) -> int:
         """Longest prompt plus answer that fits the arena of every instance."""
-        return min(instance.num_cache_tokens for instance in self.instances)
+        return self._max_sequence_tokens
 
     def problems(self) -> list[str]:
-        """Why the cluster can't serve; empty when it is healthy."""
-        return list(self._lost.values())
+        """Why nobody can serve; empty while somebody can."""
+        return [] if self.scheduler.roles() else self.down() or ["no worker is left"]
+
+    def down(self) -> list[str]:
+        """What is wrong with workers that don't serve."""
+        return list(self.reviver.down.values())
 
     @asynccontextmanager
     async def generate(self, generation: Generation) -> AsyncIterator[AsyncIterator[ChoiceToken]]:
         """See `memserve.generation.Generator.generate`."""
         self._admit(generation)
-        ask = Ask(
-            prompt=generation.prompt,
-            max_tokens=generation.sampling.max_tokens,
-            salt=generation.cache_salt,
-            num_choices=generation.num_choices,
-            priority=generation.priority,
-            tenant=generation.tenant,
-            session=generation.session,
-        )
-        placement = self._place(ask)
-        outlet: Outlet = asyncio.Queue()
-        streams: list[Stream] = []
-        self._streams_by_request[generation.request_id] = streams
+        request = Request(generation, asyncio.Queue())
+        self._requests[generation.request_id] = request
         self._admission.enter(generation)
         try:
-            streams.extend(
-                self._streams.open(generation, choice, ask, placement, outlet)
-                for choice in range(generation.num_choices)
-            )
-            yield self._tokens(streams, outlet)
+            ask = ask_of(request, [])
+            placement = await self._place(ask)
+            for choice in range(generation.num_choices):
+                self._streams.open(request, choice, ask, placement)
+            yield self._tokens(request)
         finally:
-            del self._streams_by_request[generation.request_id]
+            del self._requests[generation.request_id]
             self._admission.leave(generation)
-            for stream in streams:
+            for stream in request.streams:
                 self._streams.close(stream)
 
     def abort_choice(self, generation: Generation, choice: int) -> None:
         """See `memserve.generation.Generator.abort_choice`."""
-        for stream in self._streams_by_request.get(generation.request_id, ()):
-            if stream.choice == choice:
-                self._streams.close(stream)
+        if generation.request_id in self._requests:
+            for stream in self._requests[generation.request_id].streams:
+                if stream.choice == choice:
+                    self._streams.close(stream)
 
     async def inspect(self) -> list[InstanceReport]:
-        """Every instance's books, recounted by itself."""
-        present = [one for one in self.instances if one.number not in self._lost]
-        async with asyncio.timeout(INSPECT_TIMEOUT_S):
-            found = await asyncio.gather(
-                *(self._inspections.ask(instance, Inspect) for instance in present)
-            )
-        return [
-            InstanceReport(instance.number, instance.name, inspection)
-            for instance, inspection in zip(present, found, strict=True)
-        ]
+        """Every instance's books, recounted by itself; one that dies of it is left out."""
+        return await self._inspections.of(self.instances)
 
     def reset_prefix_cache(self) -> None:
         """Make every instance drop the history that no request is using; it tells what that was."""
@@ -234,7 +227,10 @@ class Cluster:
         instance = await self._members.add(plan)
         self.in_background(self._read(instance))
         timed = await self._knowledge.timed_steps(instance) if self._calibration else None
-        self._admit_instance(instance)
+        if not self._members.is_member(instance):
+            raise UsageError(f"{instance.name} has died as soon as it had started")
+        self._join(instance)
+        self._liveness.watch(instance)
         if timed is not None:
             self._knowledge.learn(instance, timed)
         return instance
@@ -244,9 +240,13 @@ class Cluster:
         await self._streams.released(instance)
 
     async def remove(self, instance: Instance) -> None:
-        """Stop an instance that has no work, and let its peers forget it."""
-        self.scheduler.leave(instance.number)
-        self._knowledge.lose(instance)
+        """Stop an instance that has no work, and let its peers forget it.
+
+        Raises `ChannelClosed` if it has died.
+        """
+        if not self._members.is_member(instance):
+            raise ChannelClosed(f"worker {instance.name} has gone")
+        self._forget(instance)
         await self._members.remove(instance)
 
     def in_background(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
@@ -261,7 +261,8 @@ class Cluster:
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("something in the background has failed", exc_info=error)
 
-    def _admit_instance(self, instance: Instance) -> None:
+    def _join(self, instance: Instance) -> None:
+        """Let the scheduler send work to an instance."""
         self.scheduler.join(
             instance.number,
             instance.role,
@@ -269,15 +270,34 @@ class Cluster:
             block_bytes=instance.block_bytes,
             epoch=instance.epoch,
         )
+        sizes = [member.num_cache_tokens for member in self.instances]
+        self._max_sequence_tokens = min(sizes)
+        self.reviver.started(instance)
+        self._streams.note_change()
+
+    def _serve(self, instance: Instance) -> None:
+        """Take over an instance that has started again."""
+        self._join(instance)
+        self._liveness.watch(instance)
+        self.in_background(self._read(instance))
+
+    def _forget(self, instance: Instance) -> None:
+        """An instance is not to be asked for anything any more."""
+        self.scheduler.leave(instance.number)
+        self._knowledge.lose(instance)
+        self._liveness.forget(instance)
+        self._inspections.lose(instance)
+        self._calls.lose(instance)
+        self._streams.note_change()
 
     # Requests
 
     def _admit(self, generation: Generation) -> None:
         """Refuse what can't be served at all, or not now."""
-        if self._lost:
-            raise Overloaded("; ".join(self._lost.values()))
+        if not self._hopeful:
+            raise Overloaded("; ".join(self.problems()))
         self._admission.check(generation)
-        if generation.request_id in self._streams_by_request:
+        if generation.request_id in self._requests:
             raise InvalidRequest(f"request id {generation.request_id!r} is in use")
         num_tokens = len(generation.prompt) + generation.sampling.max_tokens
         if num_tokens > self.max_sequence_tokens:
@@ -286,20 +306,25 @@ class Cluster:
                 f"holds {self.max_sequence_tokens}"
             )
 
-    def _place(self, ask: Ask) -> Placement:
-        """The scheduler's decision, timed."""
-        counters, start = self.scheduler.counters, time.perf_counter()
-        try:
-            return self.scheduler.place(ask, time.monotonic())
-        except LookupError as error:
-            raise Overloaded(str(error)) from None
-        finally:
-            counters.num_decisions += 1
-            counters.decision_seconds += time.perf_counter() - start
+    @property
+    def _hopeful(self) -> bool:
+        """Whether somebody serves or will serve."""
+        return bool(self.scheduler.roles()) or self.reviver.any_coming
 
-    async def _tokens(self, streams: list[Stream], outlet: Outlet) -> AsyncIterator[ChoiceToken]:
+    async def _place(self, ask: Ask) -> Placement:
+        """The scheduler's decision, once there is somebody to decide for."""
+        while True:
+            try:
+                return decide(self.scheduler, ask)
+            except LookupError:
+                if not self._hopeful:
+                    raise Overloaded("; ".join(self.problems())) from None
+            await self._streams.change()
+
+    async def _tokens(self, request: Request) -> AsyncIterator[ChoiceToken]:
         """Tokens of all choices as they come, until every choice has ended."""
-        while not outlet.empty() or any(map(self._streams.is_open, streams)):
+        outlet = request.outlet
+        while not outlet.empty() or not all(stream.closed for stream in request.streams):
             item = await outlet.get()
             if isinstance(item, RequestError):
                 raise item
@@ -311,24 +336,30 @@ class Cluster:
         """Handle what a worker sends until it leaves, or until we fail to: nobody waits in vain."""
         try:
             async for batch in instance.messages():
+                self._liveness.heard(instance)
                 for message in batch:
-                    self._handle(instance, message)
+                    if self._members.is_member(instance):  # what one sends that is lost is late
+                        self._handle(instance, message)
         except Exception:
             logger.exception("a message of worker %s could not be handled", instance.name)
-        self._lose(instance)
+        self._lose(instance, "has died")
 
-    def _lose(self, instance: Instance) -> None:
-        """A worker has gone: fail what it worked on."""
-        if instance.number not in self._members.by_number:
-            return  # it was asked to leave
-        reason = f"worker {instance.name} has died"
-        logger.error("%s", reason)
-        self._lost[instance.number] = reason
-        self._streams.lose(instance, reason)
-        self.scheduler.leave(instance.number)
-        self._knowledge.lose(instance)
-        self._inspections.lose(instance)
-        self._calls.lose(instance)
+    def _hangs(self, instance: Instance) -> None:
+        """A worker is not heard of any more."""
+        self._lose(instance, f"has been silent for {self._liveness.timeout:g} s")
+
+    def _lose(self, instance: Instance, reason: str) -> None:
+        """A worker is dead from now on: its work goes on elsewhere, and it starts again."""
+        if not self._members.is_member(instance):
+            return  # it was asked to leave, or is known to be dead
+        logger.error("worker %s %s", instance.name, reason)
+        self._members.lose(instance)
+        self._forget(instance)
+        self.recovery.lost(instance, self._streams.lose(instance))
+        if instance.leaving:
+            self.in_background(self._members.bury(instance))
+        else:
+            self.in_background(self.reviver.revive(instance, reason))
 
     def _handle(self, instance: Instance, message: ToLauncher) -> None:
         match message:

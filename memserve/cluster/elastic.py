@@ -108,8 +108,7 @@ async def _leave(cluster: Members, leaving: Instance, done: "asyncio.Future[int]
             if one.role.prefills and not one.leaving and one.number in reports
             if (dram := reports[one.number].dram) is not None
         }
-        block_size = leaving.plan.engine.block_size
-        num_moved = await move_history(cluster.pool, leaving.number, free, block_size)
+        num_moved = await _move_history(cluster, leaving, free)
         await cluster.remove(leaving)
     except (ChannelClosed, PoolError, TimeoutError) as error:
         done.set_exception(RequestFailed(f"{leaving.name} could not be drained: {error}"))
@@ -118,6 +117,19 @@ async def _leave(cluster: Members, leaving: Instance, done: "asyncio.Future[int]
         done.set_result(num_moved)
     finally:
         done.cancel()
+
+
+async def _move_history(cluster: Members, leaving: Instance, free: Mapping[int, int]) -> int:
+    """Blocks moved; fewer if a receiver dies of which this one's leaving doesn't depend."""
+    try:
+        return await move_history(
+            cluster.pool, leaving.number, free, leaving.plan.engine.block_size
+        )
+    except (ChannelClosed, PoolError) as error:
+        if leaving not in cluster.instances:
+            raise
+        logger.warning("%s leaves without its history: %s", leaving.name, error)
+        return 0
 
 
 async def join(cluster: Members, role: str) -> str:

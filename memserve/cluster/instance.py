@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -167,9 +168,16 @@ class Instance:
         assert self._descriptors is not None
         assert peer.ready is not None
         descriptors = peer._arena_descriptors  # noqa: SLF001
-        for arena, descriptor in zip(peer.ready.arenas, descriptors, strict=True):
-            send_descriptor(self._descriptors, descriptor)
-            self.send(MapPeer(arena))
+        with suppress(OSError):  # it has gone; its end is handled elsewhere
+            for arena, descriptor in zip(peer.ready.arenas, descriptors, strict=True):
+                send_descriptor(self._descriptors, descriptor)
+                self.send(MapPeer(arena))
+
+    def kill(self) -> None:
+        """End the process at once, also one that is stopped."""
+        if self.process is not None and self.process.returncode is None:
+            with suppress(ProcessLookupError):
+                self.process.kill()
 
     async def stop(self) -> None:
         """Ask the worker to leave, then insist; returns when the process has ended."""
@@ -179,7 +187,7 @@ class Instance:
                 async with asyncio.timeout(STOP_TIMEOUT_S):
                     await self.process.wait()
             except TimeoutError:
-                self.process.kill()
+                self.kill()
                 await self.process.wait()
         if self._channel is not None:
             await self._channel.close()

@@ -1,6 +1,7 @@
 """Which instances there are: starts them, introduces them to each other, stops them."""
 
 import asyncio
+import dataclasses
 import itertools
 import logging
 
@@ -9,9 +10,12 @@ from memserve.messages import ReleasePeer
 
 logger = logging.getLogger(__name__)
 
+START_TIMEOUT_S = 600.0
+"""For one more worker, or one that starts again, to load its model."""
+
 
 class Membership:
-    """The instances by number; numbers are never used twice."""
+    """The instances by number; a number is never given to another one."""
 
     def __init__(self, plans: list[InstancePlan], spawn: Spawn) -> None:
         self._spawn = spawn
@@ -44,10 +48,19 @@ class Membership:
 
     async def add(self, plan: InstancePlan) -> Instance:
         """Start one more. Raises `UsageError` with its reason if it can't start."""
-        instance = self._make(plan)
+        return await self._enter(self._make(plan))
+
+    async def restart(self, dead: Instance, epoch: int) -> Instance:
+        """Give a dead one its next life. Raises what `add` does."""
+        plan = dataclasses.replace(dead.plan, role=dead.role)
+        return await self._enter(Instance(dead.number, epoch, plan, self._spawn))
+
+    async def _enter(self, instance: Instance) -> Instance:
         try:
-            await self._start(instance)
+            async with asyncio.timeout(START_TIMEOUT_S):
+                await self._start(instance)
         except BaseException:
+            instance.kill()
             await instance.stop()
             raise
         for peer in self.instances:
@@ -58,9 +71,28 @@ class Membership:
 
     async def remove(self, instance: Instance) -> None:
         """Stop one, and let the others forget its memory."""
+        self._exclude(instance)
+        await self._stop(instance)
+
+    def lose(self, instance: Instance) -> None:
+        """One has died, or has to: `bury` it."""
+        instance.kill()
+        self._exclude(instance)
+
+    async def bury(self, instance: Instance) -> None:
+        """Return when nothing of a lost one is left."""
+        await self._stop(instance)
+
+    def is_member(self, instance: Instance) -> bool:
+        """Whether this very life of an instance counts."""
+        return self.by_number.get(instance.number) is instance
+
+    def _exclude(self, instance: Instance) -> None:
         self._leaving.append(self.by_number.pop(instance.number))
         for peer in self.instances:
             peer.send(ReleasePeer(instance.number))
+
+    async def _stop(self, instance: Instance) -> None:
         await instance.stop()
         self._leaving.remove(instance)
 

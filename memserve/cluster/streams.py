@@ -1,7 +1,8 @@
 """The dispatched choices: who works on each, who owns it, and where its tokens go.
 
 Contract: a stream is opened with its work sent, and closed exactly once; closing makes every worker
-forget what is left of it. The first of Pulled and Withdrawn that arrives decides who owns a ticket
+forget what is left of it. Between the death of the worker that had it and its next dispatch, under a
+new ticket, nobody works on it. The first of Pulled and Withdrawn that arrives decides who owns a ticket
 (see `memserve.messages`): tokens of anyone else, and tokens that came before, are dropped. Every step
 of a ticket's life is reported to the scheduler here, and nowhere else.
 """
@@ -22,24 +23,44 @@ Outlet = asyncio.Queue[ChoiceToken | RequestError]
 
 
 @dataclass(slots=True, eq=False)
+class Request:
+    """What the choices of one generation share."""
+
+    generation: Generation
+    outlet: Outlet
+    streams: list["Stream"] = field(default_factory=list)
+    num_deaths: int = 0
+    """Workers that have died with it, since it last was alone on one and did no harm."""
+    alone_on: int | None = None
+    """The instance that works on nothing else, to see whether this request kills it."""
+
+
+@dataclass(slots=True, eq=False)
 class Stream:
     """One dispatched choice."""
 
+    request: Request
     ticket: int
     choice: int
-    generation: Generation
     placement: Placement
     prefill: Instance
     decode: Instance
-    outlet: Outlet
     owner: Instance
     """Whose tokens count; the prefill instance until the decode instance has pulled."""
     holders: set[int] = field(default_factory=set)
     """Instances that hold something for the ticket."""
     answer: list[int] = field(default_factory=list)
     """Its tokens so far."""
+    num_kept: int = 0
+    """Of those, the ones that came before it was last dispatched."""
     finished: bool = False
     """Whether its last token has come."""
+    closed: bool = False
+
+    @property
+    def generation(self) -> Generation:
+        """What was asked for."""
+        return self.request.generation
 
 
 class Streams:
@@ -56,69 +77,94 @@ class Streams:
         self._ended = ended
         self._next_ticket = 1
         self._streams: dict[int, Stream] = {}
-        self._released = asyncio.Event()
-        """Set whenever an instance has one stream less to work on."""
+        self._changed = asyncio.Event()
 
     def __len__(self) -> int:
         return len(self._streams)
 
-    def open(
-        self, generation: Generation, choice: int, ask: Ask, placement: Placement, outlet: Outlet
-    ) -> Stream:
+    def open(self, request: Request, choice: int, ask: Ask, placement: Placement) -> None:
         """Register one choice and send its work."""
         prefill = self._instances[placement.prefill]
-        decode = self._instances[placement.decode]
-        ticket = self._next_ticket
-        self._next_ticket += 1
-        stream = Stream(ticket, choice, generation, placement, prefill, decode, outlet, prefill)
-        self._streams[ticket] = stream
-        self._scheduler.dispatched(ticket, choice, ask, placement, time.monotonic())
-        if decode is not prefill:
-            stream.holders.add(decode.number)
-            decode.send(
-                Expect(
-                    ticket=ticket,
-                    choice=choice,
-                    prompt=generation.prompt,
-                    sampling=generation.sampling,
-                    cache_salt=generation.cache_salt,
-                    reuse=placement.reuse_decode,
-                )
-            )
-        stream.holders.add(prefill.number)
-        prefill.send(submission(stream))
-        return stream
+        stream = Stream(request, 0, choice, placement, prefill, prefill, prefill)
+        request.streams.append(stream)
+        self.send(stream, ask, placement)
 
-    def is_open(self, stream: Stream) -> bool:
-        """Whether more tokens of it may come."""
-        return stream.ticket in self._streams
+    def send(self, stream: Stream, ask: Ask, placement: Placement) -> None:
+        """Send the work of a choice that nobody works on; its prompt includes the answer so far."""
+        stream.ticket = self._next_ticket
+        self._next_ticket += 1
+        stream.placement, stream.num_kept = placement, len(stream.answer)
+        stream.prefill = stream.owner = self._instances[placement.prefill]
+        stream.decode = self._instances[placement.decode]
+        self._streams[stream.ticket] = stream
+        self._scheduler.dispatched(stream.ticket, stream.choice, ask, placement, time.monotonic())
+        if stream.decode is not stream.prefill:
+            stream.holders.add(stream.decode.number)
+            stream.decode.send(expectation(stream))
+        stream.holders.add(stream.prefill.number)
+        stream.prefill.send(submission(stream))
 
     def close(self, stream: Stream) -> None:
         """Forget a stream and make the workers forget it too; nothing happens if it is closed."""
-        if self._streams.pop(stream.ticket, None) is None:
+        if stream.closed:
             return
+        stream.closed = True
+        if self._take_back(stream):
+            self._ended(stream)
+        self.note_change()
+
+    def _take_back(self, stream: Stream) -> bool:
+        """Make the workers forget a stream; False if nobody works on it."""
+        if self._streams.pop(stream.ticket, None) is None:
+            return False
         self._scheduler.ended(stream.ticket, time.monotonic())
         for number in stream.holders:
             self._instances[number].send(Abort(stream.ticket))
-        self._released.set()
-        self._ended(stream)
+        stream.holders.clear()
+        return True
 
     def fail(self, stream: Stream, error: RequestError) -> None:
         """Let the request end with an error."""
-        stream.outlet.put_nowait(error)
+        stream.request.outlet.put_nowait(error)
         self.close(stream)
 
-    def lose(self, instance: Instance, reason: str) -> None:
-        """An instance has died: fail what it worked on."""
-        for stream in list(self._streams.values()):
-            if instance.number in stream.holders:
-                self.fail(stream, RequestFailed(reason))
+    def lose(self, instance: Instance) -> list[Stream]:
+        """An instance has died: the streams that nobody works on any more.
+
+        Where only the decode instance has died and had not taken over, the prefill instance goes on.
+        """
+        held = self.on(instance)
+        for request in {stream.request for stream in held}:
+            request.num_deaths += 1
+        for stream in held:
+            stream.holders.discard(instance.number)
+        lost = [stream for stream in held if stream.owner is instance]
+        for stream in lost:
+            self._take_back(stream)
+        for stream in held:
+            if stream.owner is not instance:
+                self._decode_where_prefilled(stream)
+                stream.prefill.send(Settle(stream.ticket, accepted=False))
+        self.note_change()
+        return lost
+
+    def on(self, instance: Instance) -> list[Stream]:
+        """The streams that an instance works on."""
+        return [each for each in self._streams.values() if instance.number in each.holders]
 
     async def released(self, instance: Instance) -> None:
         """Wait until an instance works on nothing."""
-        while any(instance.number in stream.holders for stream in self._streams.values()):
-            self._released.clear()
-            await self._released.wait()
+        while self.on(instance):
+            await self.change()
+
+    async def change(self) -> None:
+        """Wait until something has changed that requests may be waiting for."""
+        self._changed.clear()
+        await self._changed.wait()
+
+    def note_change(self) -> None:
+        """An instance has less to do, or another one serves, or will not serve any more."""
+        self._changed.set()
 
     # What workers say of a ticket
 
@@ -133,7 +179,9 @@ class Streams:
         else:
             self._scheduler.first_token(stream.ticket, now)
         stream.answer.append(event.token)
-        stream.outlet.put_nowait(ChoiceToken(stream.choice, event))
+        stream.request.outlet.put_nowait(ChoiceToken(stream.choice, event))
+        if stream.request.alone_on is not None:
+            self.note_change()
         if event.finish is not None:
             stream.finished = True
             stream.holders.discard(instance.number)
@@ -151,7 +199,7 @@ class Streams:
         if stream is not None and stream.decode is not stream.prefill:
             stream.owner = stream.decode
             stream.holders.discard(stream.prefill.number)
-            self._released.set()
+            self.note_change()
             self._scheduler.decodes_at(ticket, stream.decode.number, time.monotonic())
             stream.prefill.send(Settle(ticket, accepted=True))
 
@@ -178,9 +226,23 @@ class Streams:
             self.fail(stream, RequestFailed(reason))
 
     def _decode_where_prefilled(self, stream: Stream) -> None:
-        self._released.set()
+        self.note_change()
         stream.decode = stream.prefill
         self._scheduler.decodes_at(stream.ticket, stream.prefill.number, time.monotonic())
+
+
+def expectation(stream: Stream) -> Expect:
+    """What a stream's decode instance is told first."""
+    generation = stream.generation
+    return Expect(
+        ticket=stream.ticket,
+        choice=stream.choice,
+        prompt=generation.prompt,
+        sampling=generation.sampling,
+        cache_salt=generation.cache_salt,
+        reuse=stream.placement.reuse_decode,
+        outputs=stream.answer,
+    )
 
 
 def submission(stream: Stream) -> Submit:
@@ -198,4 +260,5 @@ def submission(stream: Stream) -> Submit:
         order=placement.order,
         first_fetched_block=fetch.first_block if fetch else 0,
         fetch=fetch.refs if fetch else [],
+        outputs=stream.answer,
     )

@@ -63,7 +63,11 @@ class Service(Generator, Protocol):
         ...
 
     def problems(self) -> list[str]:
-        """Why it can't serve; empty when it is healthy."""
+        """Why it can't serve; empty while it can."""
+        ...
+
+    def down(self) -> list[str]:
+        """What is wrong with workers that don't serve, whether others do or not."""
         ...
 
     async def inspect(self) -> Sequence[InstanceReport]:

@@ -235,7 +235,7 @@ class RemotePool:
                     continue
                 try:
                     await self._call(instance, Renew(list(refs), self._lease_s))
-                except ChannelClosed:  # its memory went with it
+                except (ChannelClosed, StaleReference):  # its memory went with it
                     del self._held[instance]
 
     def _pull(

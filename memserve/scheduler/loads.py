@@ -18,9 +18,11 @@ from memserve.scheduler.lengths import OutputLengths
 ROW = np.dtype(
     [
         ("instance", np.int64),
-        ("prefills", np.bool_),  # by role, and serving new work
+        ("role_prefills", np.bool_),
+        ("role_decodes", np.bool_),
+        ("serves", np.bool_),  # takes new work
+        ("prefills", np.bool_),  # takes new prompts: by its role, or since nobody's role says so
         ("decodes", np.bool_),
-        ("serves", np.bool_),
         ("num_queued", np.float64),  # prompts without their first token
         ("queued_tokens", np.float64),  # tokens of theirs still to compute
         ("queued_pairs", np.float64),  # and what these attend to
@@ -107,19 +109,27 @@ class Loads:
         self._number_slots()
         del self.roles[instance]
         self.leaving.discard(instance)
+        self._share_roles()
 
     def set_role(self, instance: int, role: Role) -> None:
         """What may be sent there from now on."""
         self.roles[instance] = role
         row = self.rows[self.slot_by_instance[instance]]
-        row["prefills"] = role.prefills and instance not in self.leaving
-        row["decodes"] = role.decodes and instance not in self.leaving
-        row["serves"] = instance not in self.leaving
+        row["role_prefills"], row["role_decodes"] = role.prefills, role.decodes
+        self._share_roles()
 
-    def set_leaving(self, instance: int) -> None:
-        """Nothing may be sent there from now on."""
-        self.leaving.add(instance)
-        self.set_role(instance, self.roles[instance])
+    def set_leaving(self, instance: int, *, leaving: bool = True) -> None:
+        """Nothing may be sent there from now on; or it may again."""
+        (self.leaving.add if leaving else self.leaving.discard)(instance)
+        self.rows["serves"][self.slot_by_instance[instance]] = not leaving
+        self._share_roles()
+
+    def _share_roles(self) -> None:
+        """What is nobody's role among those that serve, all of them do."""
+        serves = self.rows["serves"]
+        for name in ("prefills", "decodes"):
+            able = serves & self.rows[f"role_{name}"]
+            self.rows[name] = able if able.any() else serves
 
     def by_slot(self, numbers: Mapping[int, int]) -> NDArray[np.float64]:
         """Numbers by instance as an array; unknown instances are left out, others have 0."""

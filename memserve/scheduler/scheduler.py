@@ -85,9 +85,9 @@ class Scheduler:
         """Change what new requests are sent there."""
         self._loads.set_role(instance, role)
 
-    def set_leaving(self, instance: int) -> None:
-        """Send no new work there."""
-        self._loads.set_leaving(instance)
+    def set_leaving(self, instance: int, *, leaving: bool = True) -> None:
+        """Send no new work there; or, with `leaving` false, send some again."""
+        self._loads.set_leaving(instance, leaving=leaving)
 
     def roles(self) -> dict[int, Role]:
         """Every instance's role."""
@@ -98,7 +98,7 @@ class Scheduler:
     def place(self, ask: Ask, now: float) -> Placement:
         """Where a request should run.
 
-        Raises `LookupError` when no instance prefills, or none decodes.
+        A role that nobody has, all take over. Raises `LookupError` when no instance serves.
         """
         question = self._question(ask, now)
         choice = self._policy.choose(question, self._loads)

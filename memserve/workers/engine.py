@@ -25,7 +25,6 @@ from memserve.messages import (
     CopySample,
     EngineStats,
     Expect,
-    Heartbeat,
     Inspect,
     Inspection,
     MapPeer,
@@ -63,14 +62,13 @@ from memserve.workers.link import (
     PullDone,
     SwapDone,
 )
+from memserve.workers.pulse import HEARTBEAT_S, Pulse
 from memserve.workers.samples import Samples, step_sample
 from memserve.workers.sequence import Sequence, Slice
 from memserve.workers.storing import DiskStore
 from memserve.workers.swapping import StartSwap, Swapper
 
 logger = logging.getLogger(__name__)
-
-HEARTBEAT_S = 1.0
 
 
 class StepRunner(Protocol):
@@ -150,7 +148,7 @@ class Engine:
         )
         self._stopping = False
         self._num_steps = self._num_prefill_tokens = self._num_decode_tokens = 0
-        self._next_heartbeat = 0.0
+        self._pulse = Pulse(link.send, self.stats, samples)
 
     def run(self) -> None:
         """Serve until the launcher says so or has gone."""
@@ -174,7 +172,7 @@ class Engine:
         if slices:
             self._run(slices)
         self._feed.flush()
-        self._beat(now)
+        self._pulse.beat()
         return bool(slices)
 
     def _run(self, slices: list[Slice]) -> None:
@@ -188,9 +186,9 @@ class Engine:
         """Run a step; if peers were told that they may follow it, let them."""
         progress = self._progress
         if progress is None or not self._departures.announce(slices, progress.next_step):
-            return self._runner.run(slices)
+            return self._runner.run(slices, self._pulse.written)
         progress.begin()
-        sampled = self._runner.run(slices, progress.written)
+        sampled = self._runner.run(slices, self._pulse.also(progress.written))
         progress.end()
         return sampled
 
@@ -271,8 +269,9 @@ class Engine:
             Sequence(
                 ticket=message.ticket,
                 choice=message.choice,
-                tokens=array("i", message.prompt),
+                tokens=array("i", [*message.prompt, *message.outputs]),
                 num_prompt_tokens=len(message.prompt),
+                num_given_outputs=len(message.outputs),
                 sampling=message.sampling,
                 cache_salt=message.cache_salt,
                 reuse=message.reuse,
@@ -335,12 +334,6 @@ class Engine:
             top=sampled.top,
             num_cached_tokens=sequence.num_cached_tokens if position == 0 else 0,
         )
-
-    def _beat(self, now: float) -> None:
-        if now >= self._next_heartbeat:
-            self._next_heartbeat = now + HEARTBEAT_S
-            steps, copies = self._samples.take()
-            self._link.send(Heartbeat(self.stats(), steps, copies))
 
     def _calibrate(self) -> tuple[list[StepSample], list[CopySample]]:
         """Time some steps. Nothing else is served meanwhile, so only the launcher's start asks."""

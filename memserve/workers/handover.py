@@ -90,7 +90,7 @@ class Departures:
         not full, and the sequence leaves the batch until `settle`. By `request`, that is the only
         time (the paper's by-request aggregated transfer, §5.2).
         """
-        done = sequence.num_outputs > 0
+        done = sequence.num_new_outputs > 0
         if done:
             self._publish(sequence, len(sequence.blocks), first_token=sequence.tokens[-1])
         elif self._granularity != "request":
@@ -272,9 +272,10 @@ class Arrivals:
             return False
         expect = arrival.expect
         # What lies in our own DRAM is pulled from the peer as well: it is the same copy.
-        reusable = expect.prompt[: -1 if expect.reuse else 0]
+        tokens = [*expect.prompt, *expect.outputs]
+        reusable = tokens[: -1 if expect.reuse else 0]
         match = self._pool.match(reusable, expect.cache_salt, deepest=Tier.HBM)
-        num_missing = -(-(len(expect.prompt) + 1) // self._pool.block_size) - len(match.blocks)
+        num_missing = -(-(len(tokens) + 1) // self._pool.block_size) - len(match.blocks)
         blocks = None
         if not self._swapper.make_room(num_missing):
             blocks = self._claims.allocate(num_missing, above=expect.ticket)
@@ -312,15 +313,17 @@ class Arrivals:
         self._forget(arrival)
         self.num_handovers += 1
         self._send(Pulled(expect.ticket))
+        tokens = array("i", [*expect.prompt, *expect.outputs, arrival.first_token])
         sequence = Sequence(
             ticket=expect.ticket,
             choice=expect.choice,
-            tokens=array("i", [*expect.prompt, arrival.first_token]),
+            tokens=tokens,
             num_prompt_tokens=len(expect.prompt),
+            num_given_outputs=len(expect.outputs),
             sampling=expect.sampling,
             cache_salt=expect.cache_salt,
             reuse=expect.reuse,
-            num_computed=len(expect.prompt),
+            num_computed=len(tokens) - 1,
             blocks=array("i", arrival.blocks),
         )
         self._batcher.run(sequence)

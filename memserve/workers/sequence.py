@@ -19,6 +19,8 @@ class Sequence:
     choice: int
     tokens: "array[int]"
     num_prompt_tokens: int
+    num_given_outputs: int = 0
+    """Tokens of the answer that it came with: others have generated them before they died."""
     sampling: SamplingParams
     cache_salt: str = ""
     reuse: bool = True
@@ -43,14 +45,19 @@ class Sequence:
         return len(self.tokens) - self.num_prompt_tokens
 
     @property
+    def num_new_outputs(self) -> int:
+        """Of those, the ones that were generated since it was sent."""
+        return self.num_outputs - self.num_given_outputs
+
+    @property
     def num_pending(self) -> int:
         """Tokens that have no KV yet: 1 while decoding, more while prefilling."""
         return len(self.tokens) - self.num_computed
 
     @property
     def prefilling(self) -> bool:
-        """Whether more than the newest token is still to be computed."""
-        return self.num_pending > 1 or self.num_outputs == 0
+        """Whether more than its newest own token is still to be computed."""
+        return self.num_pending > 1 or self.num_new_outputs == 0
 
     def finish_reason(self, eos_token_ids: frozenset[int]) -> str | None:
         """Why the newest token is the last one: `stop`, `length`, or None when it isn't.

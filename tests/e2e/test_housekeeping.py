@@ -1,7 +1,6 @@
 """Starting and ending: nothing is left behind, mistakes are one line and exit code 2."""
 
 import dataclasses
-import os
 import signal
 import socket
 import subprocess
@@ -93,31 +92,6 @@ def test_an_unknown_flag_in_the_configuration_file_is_named(tmp_path: Path) -> N
     file = tmp_path / "memserve.yaml"
     file.write_text("max-num-sequences: 3\n")
     assert "max_num_sequences" in refused("--config", str(file))
-
-
-def test_a_worker_that_dies_fails_its_requests_and_the_health_check(log: Path) -> None:
-    """Until requests of a dead worker go on elsewhere, nobody waits for an answer in vain."""
-    with serve(*SMALL, log=log) as server:
-        client = server.client()
-        stream = client.completions.create(
-            model="SmolLM2-135M-Instruct",
-            prompt="Once upon a time",
-            max_tokens=2000,
-            stream=True,
-            extra_body={"ignore_eos": True},
-        )
-        next(stream)
-        os.kill(server.workers()[-1], signal.SIGKILL)
-        with pytest.raises(openai.APIError, match="has died"):
-            for _ in stream:
-                pass
-        with pytest.raises(urllib.error.HTTPError) as refused_health:
-            server.get("/health")
-        assert refused_health.value.code == 503
-        refused_health.value.close()
-        with pytest.raises(openai.InternalServerError, match="has died"):
-            client.completions.create(model="SmolLM2-135M-Instruct", prompt="And then")
-        assert server.stop() == 0
 
 
 def test_after_a_signal_streams_end_and_nothing_new_begins(log: Path) -> None:

@@ -80,9 +80,24 @@ def test_roles_bind_prefill_and_decode() -> None:
     assert (placement.prefill, placement.decode) == (0, 1)
 
 
-def test_without_anyone_to_decode_there_is_no_place() -> None:
+def test_a_role_that_nobody_has_is_taken_over_by_the_others() -> None:
+    made = scheduler(Role.PREFILL, Role.DECODE, elastic=False)
+    ask = Ask(prompt=[1] * 40, max_tokens=8)
+    made.leave(1)
+    assert (made.place(ask, 0.0).prefill, made.place(ask, 0.0).decode) == (0, 0)
+    made.join(1, Role.DECODE, num_blocks=[100], block_bytes=1, epoch=2)
+    assert (made.place(ask, 0.0).prefill, made.place(ask, 0.0).decode) == (0, 1)
+    made.set_leaving(0)
+    assert (made.place(ask, 0.0).prefill, made.place(ask, 0.0).decode) == (1, 1)
+    made.set_leaving(0, leaving=False)
+    assert made.place(ask, 0.0).prefill == 0
+
+
+def test_without_anyone_who_serves_there_is_no_place() -> None:
+    made = scheduler(Role.PREFILL, elastic=False)
+    made.set_leaving(0)
     with pytest.raises(LookupError):
-        scheduler(Role.PREFILL, elastic=False).place(Ask(prompt=[1] * 40, max_tokens=8), 0.0)
+        made.place(Ask(prompt=[1] * 40, max_tokens=8), 0.0)
 
 
 def test_who_is_leaving_gets_no_new_work() -> None:

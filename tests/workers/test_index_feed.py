@@ -124,7 +124,7 @@ def test_a_heartbeat_carries_what_the_latest_steps_computed(worker: HandEngine) 
     worker.finish(1)
     worker.submit(2, [2] * 9, max_tokens=2 * MAX_SAMPLES)
     worker.finish(2)
-    worker.engine._next_heartbeat = 0.0
+    worker.engine._pulse._next = 0.0
     worker.step()
     beat = worker.link.sent[-1]
     assert isinstance(beat, Heartbeat)

@@ -1,0 +1,194 @@
+"""Requests whose worker has died: where and when they go on.
+
+Each of their choices is dispatched again from its prompt and the tokens that have arrived; what draws
+the next one depends on nothing else. While nobody serves they wait.
+
+A request that was there at two deaths may be their cause: it goes on alone, on an instance that is
+given nothing else, one such request at a time. If that instance dies too, the request fails. If it
+gets well beyond where it was, or ends, the request was not the cause.
+"""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Mapping
+
+from memserve.cluster.instance import Instance
+from memserve.cluster.streams import Request, Stream, Streams
+from memserve.errors import Overloaded, RequestFailed
+from memserve.scheduler.interface import Ask, Placement
+from memserve.scheduler.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+SUSPICIOUS_DEATHS = 2
+HARMLESS_TOKENS = 16
+"""So many tokens after its next dispatch a request is beyond what it died of."""
+
+
+class Recovery:
+    """Sends lost streams again; `hopeless` says that nobody serves nor will."""
+
+    def __init__(
+        self,
+        streams: Streams,
+        scheduler: Scheduler,
+        instances: Mapping[int, Instance],
+        *,
+        hopeless: Callable[[], bool],
+        convicted: Callable[[int], None],
+    ) -> None:
+        self._streams = streams
+        self._scheduler = scheduler
+        self._instances = instances
+        self._hopeless = hopeless
+        self._convicted = convicted
+        self._waiting: list[Stream] = []
+        self._suspect: Request | None = None
+        """The request that is alone on an instance, or will be when that is idle."""
+        self.num_replayed = 0
+        self.num_convicted = 0
+
+    def lost(self, instance: Instance, streams: list[Stream]) -> None:
+        """An instance has died, and nobody works on these any more."""
+        if (suspect := self._suspect) is not None and suspect.alone_on == instance.number:
+            suspect.alone_on = self._suspect = None
+            if any(stream.request is suspect for stream in streams):
+                self._convict(suspect, instance)
+        self._waiting += [stream for stream in streams if not stream.closed]
+
+    async def run(self) -> None:
+        """Send what waits as soon as that is possible, for ever."""
+        while True:
+            self._tend()
+            await self._streams.change()
+
+    def _tend(self) -> None:
+        self._waiting = [stream for stream in self._waiting if not stream.closed]
+        self._watch_suspect()
+        suspects = [s.request for s in self._waiting if s.request.num_deaths >= SUSPICIOUS_DEATHS]
+        if suspects and self._suspect is None:
+            self._isolate(suspects[0])
+        for stream in list(self._waiting):
+            if self._send_again(stream):
+                self._waiting.remove(stream)
+                self.num_replayed += 1
+
+    def _send_again(self, stream: Stream) -> bool:
+        request = stream.request
+        ask = ask_of(request, stream.answer)
+        if request is self._suspect:
+            placement = self._alone(stream)
+        elif request.num_deaths >= SUSPICIOUS_DEATHS and not self._hopeless():
+            placement = None
+        else:
+            placement = self._anywhere(stream, ask)
+        if placement is None:
+            return False
+        logger.info(
+            "request %s, choice %d: goes on at token %d on instance %d",
+            request.generation.request_id,
+            stream.choice,
+            len(stream.answer),
+            placement.prefill,
+        )
+        self._streams.send(stream, ask, placement)
+        return True
+
+    def _anywhere(self, stream: Stream, ask: Ask) -> Placement | None:
+        try:
+            return decide(self._scheduler, ask)
+        except LookupError:
+            if self._hopeless():
+                self._streams.fail(stream, Overloaded("no worker is left, and none will come back"))
+            return None
+
+    # The one that may be to blame
+
+    def _isolate(self, request: Request) -> None:
+        """Let the least loaded instance take nothing new, so that the suspect can have it alone."""
+        free = [
+            instance
+            for number in self._scheduler.roles()
+            if not (instance := self._instances[number]).leaving
+        ]
+        if free:
+            chosen = min(free, key=lambda instance: len(self._streams.on(instance)))
+            self._scheduler.set_leaving(chosen.number)
+            request.alone_on, self._suspect = chosen.number, request
+
+    def _alone(self, stream: Stream) -> Placement | None:
+        assert stream.request.alone_on is not None
+        instance = self._instances[stream.request.alone_on]
+        if any(other.request is not stream.request for other in self._streams.on(instance)):
+            return None
+        return dataclasses.replace(
+            stream.placement,
+            prefill=instance.number,
+            decode=instance.number,
+            num_cached_tokens=0,
+            num_fetched_tokens=0,
+            fetch=None,
+            prediction=None,
+        )
+
+    def _watch_suspect(self) -> None:
+        """Give the instance back when the suspect has ended or proved harmless, or can't have it."""
+        request = self._suspect
+        if request is None:
+            return
+        assert request.alone_on is not None
+        instance = self._instances.get(request.alone_on)
+        if instance is None:  # it has left
+            request.alone_on = self._suspect = None
+            return
+        there = [s for s in self._streams.on(instance) if s.request is request]
+        waits = any(stream.request is request for stream in self._waiting)
+        harmless = all(len(s.answer) >= s.num_kept + HARMLESS_TOKENS for s in there)
+        if waits and not there:
+            if not instance.leaving:
+                return
+        elif waits or not harmless:
+            return
+        else:
+            request.num_deaths = 0
+        request.alone_on = self._suspect = None
+        if not instance.leaving:
+            self._scheduler.set_leaving(instance.number, leaving=False)
+            self._streams.note_change()
+
+    def _convict(self, request: Request, instance: Instance) -> None:
+        self.num_convicted += 1
+        self._convicted(instance.number)
+        reason = (
+            f"{request.num_deaths} workers have died while they worked on this request, the last one "
+            "on nothing else; it is not tried again"
+        )
+        logger.error("request %s has failed: %s", request.generation.request_id, reason)
+        for stream in request.streams:
+            if not stream.closed:
+                self._streams.fail(stream, RequestFailed(reason))
+
+
+def decide(scheduler: Scheduler, ask: Ask) -> Placement:
+    """The scheduler's decision, timed. Raises `LookupError` as it does."""
+    counters, start = scheduler.counters, time.perf_counter()
+    try:
+        return scheduler.place(ask, time.monotonic())
+    finally:
+        counters.num_decisions += 1
+        counters.decision_seconds += time.perf_counter() - start
+
+
+def ask_of(request: Request, answer: list[int]) -> Ask:
+    """What the scheduler is asked for a request with this answer so far."""
+    generation = request.generation
+    return Ask(
+        prompt=[*generation.prompt, *answer] if answer else generation.prompt,
+        max_tokens=generation.sampling.max_tokens - len(answer),
+        salt=generation.cache_salt,
+        num_choices=1 if answer else generation.num_choices,
+        priority=generation.priority,
+        tenant=generation.tenant,
+        session=generation.session,
+    )

@@ -1,0 +1,119 @@
+"""Workers that have died, and when they are started again.
+
+A worker gets its number back and the next epoch, and an empty cache. Each death in a row doubles the
+wait before the next start; a minute of health forgets them. One that dies too often stays down.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from memserve.cluster.instance import Instance
+from memserve.cluster.membership import Membership
+from memserve.errors import ChannelClosed, UsageError
+
+logger = logging.getLogger(__name__)
+
+FIRST_WAIT_S = 0.5
+LONGEST_WAIT_S = 30.0
+HEALTHY_S = 60.0
+MAX_DEATHS = 5
+WINDOW_S = 300.0
+
+
+class Deaths:
+    """When one worker has died. Time is passed in."""
+
+    def __init__(self) -> None:
+        self._times: list[float] = []
+        self._num_in_a_row = 0
+        self._started = 0.0
+
+    def started(self, now: float) -> None:
+        """It serves."""
+        self._started = now
+
+    def died(self, now: float) -> float | None:
+        """Seconds until its next start; None: it stays down."""
+        if now - self._started >= HEALTHY_S:
+            self._num_in_a_row = 0
+        self._started = now
+        self._times = [*(each for each in self._times if now - each < WINDOW_S), now]
+        self._num_in_a_row += 1
+        if len(self._times) >= MAX_DEATHS:
+            return None
+        wait: float = FIRST_WAIT_S * 2 ** (self._num_in_a_row - 1)
+        return min(wait, LONGEST_WAIT_S)
+
+    def forgive(self) -> None:
+        """The last death was not its own fault."""
+        del self._times[-1:]
+
+
+class Reviver:
+    """Starts dead workers again; `serve` takes over each that is back, `changed` hears of others."""
+
+    def __init__(
+        self,
+        members: Membership,
+        serve: Callable[[Instance], None],
+        changed: Callable[[], None],
+    ) -> None:
+        self._members = members
+        self._serve = serve
+        self._changed = changed
+        self._deaths: dict[int, Deaths] = {}
+        self._coming: set[int] = set()
+        self.down: dict[int, str] = {}
+        """By number, what is wrong with each that doesn't serve."""
+        self.num_restarts = 0
+
+    @property
+    def any_coming(self) -> bool:
+        """Whether one that is down is to serve again."""
+        return bool(self._coming)
+
+    def started(self, instance: Instance) -> None:
+        """A worker serves."""
+        self._deaths.setdefault(instance.number, Deaths()).started(time.monotonic())
+
+    def forgive(self, number: int) -> None:
+        """A request was to blame for a worker's last death."""
+        if number in self._deaths:
+            self._deaths[number].forgive()
+
+    def revive(self, dead: Instance, reason: str) -> Coroutine[Any, Any, None]:
+        """Count on a dead worker from now on; to be run, which starts it again.
+
+        As often as it takes and is allowed.
+        """
+        self._coming.add(dead.number)
+        self.down[dead.number] = f"worker {dead.name} {reason}"
+        return self._revive(dead)
+
+    async def _revive(self, dead: Instance) -> None:
+        number, epoch = dead.number, dead.epoch
+        deaths = self._deaths.setdefault(number, Deaths())
+        await self._members.bury(dead)
+        while (wait := deaths.died(time.monotonic())) is not None:
+            logger.info("worker %s starts again in %.1f s", dead.name, wait)
+            await asyncio.sleep(wait)
+            epoch += 1
+            try:
+                instance = await self._members.restart(dead, epoch)
+            except (UsageError, ChannelClosed, TimeoutError, OSError) as error:
+                self.down[number] = f"worker {dead.name} could not start again: {error}"
+                logger.warning("%s", self.down[number])
+                continue
+            self._coming.discard(number)
+            del self.down[number]
+            self.num_restarts += 1
+            deaths.started(time.monotonic())
+            self._serve(instance)
+            return
+        self._coming.discard(number)
+        self.down[number] += f"; it stays down after {MAX_DEATHS} deaths in a short time"
+        logger.error("%s", self.down[number])
+        self._changed()
