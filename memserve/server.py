@@ -9,18 +9,20 @@ once. Starting the cluster, and listening, are the caller's.
     POST /tokenize  /detokenize
     GET  /health  /ping     200, or 503 with the reasons
     GET  /metrics    Prometheus
+    GET  /openapi.json         all of this, described
     POST /reset_prefix_cache
     /admin/...                                        memserve.frontend.admin
 """
 
 import itertools
 
+import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 from prometheus_client.registry import Collector
 
 from memserve import __version__
-from memserve.frontend.admin import admin_routes
+from memserve.frontend.admin import ADMIN_ROUTES
 from memserve.frontend.bodies import Bodies
 from memserve.frontend.collectors import InstanceCollector, MemoCollector, SchedulerCollector
 from memserve.frontend.completions import create_chat_completion, create_completion
@@ -30,6 +32,7 @@ from memserve.frontend.connections import (
     note_connection,
     watch_connections,
 )
+from memserve.frontend.description import Parameter, Route, describe
 from memserve.frontend.keys import require_keys
 from memserve.frontend.metrics import Metrics
 from memserve.frontend.middleware import answer_errors, send_request_id
@@ -44,9 +47,24 @@ from memserve.frontend.service import (
 )
 from memserve.openai.memo import ChatMemo
 from memserve.openai.plan import ServedModel, plan_detokenize, plan_tokenize
-from memserve.openai.responses import Detokenized, ModelCard, ModelList, Tokenized
+from memserve.openai.requests import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
+from memserve.openai.responses import (
+    ChatCompletion,
+    Completion,
+    Detokenized,
+    ModelCard,
+    ModelList,
+    Tokenized,
+)
 from memserve.scheduler.counters import Counters
 from memserve.tokens import Tokenizer
+
+DESCRIPTION = web.AppKey("DESCRIPTION", bytes)
 
 
 def create_app(
@@ -94,22 +112,10 @@ def create_app(
     app.cleanup_ctx.append(watch_connections)
     app.cleanup_ctx.append(run_encoders)
     app.on_response_prepare.append(send_request_id)
-    app.add_routes(
-        [
-            web.post("/v1/chat/completions", create_chat_completion),
-            web.post("/v1/completions", create_completion),
-            web.get("/v1/models", list_models),
-            web.get("/v1/models/{name:.+}", get_model),
-            web.post("/tokenize", tokenize),
-            web.post("/detokenize", detokenize),
-            web.get("/health", health),
-            web.get("/ping", health),
-            web.get("/version", version),
-            web.get("/metrics", metrics),
-            web.post("/reset_prefix_cache", reset_prefix_cache),
-            *admin_routes(),
-        ]
+    app[DESCRIPTION] = msgspec.json.encode(
+        describe(ROUTES, version=__version__, with_keys=bool(settings.api_keys))
     )
+    app.add_routes([route.served() for route in ROUTES])
     return app
 
 
@@ -192,3 +198,82 @@ async def reset_prefix_cache(request: web.Request) -> web.Response:
     """POST /reset_prefix_cache: drop every historical block that no request is using."""
     request.app[FRONTEND].service.reset_prefix_cache()
     return json_response({})
+
+
+async def description(request: web.Request) -> web.Response:
+    """GET /openapi.json."""
+    return web.Response(body=request.app[DESCRIPTION], content_type="application/json")
+
+
+ROUTES = (
+    Route(
+        method="POST",
+        path="/v1/chat/completions",
+        handler=create_chat_completion,
+        summary="Answer a conversation.",
+        takes=ChatRequest,
+        gives=ChatCompletion,
+        streams=True,
+    ),
+    Route(
+        method="POST",
+        path="/v1/completions",
+        handler=create_completion,
+        summary="Continue prompts.",
+        takes=CompletionRequest,
+        gives=Completion,
+        streams=True,
+    ),
+    Route(
+        method="GET",
+        path="/v1/models",
+        handler=list_models,
+        summary="The model that is served.",
+        gives=ModelList,
+    ),
+    Route(
+        method="GET",
+        path="/v1/models/{name}",
+        handler=get_model,
+        summary="The model of this name.",
+        gives=ModelCard,
+        parameters=(Parameter(name="name", pattern=".+"),),
+    ),
+    Route(
+        method="POST",
+        path="/tokenize",
+        handler=tokenize,
+        summary="The tokens of a prompt or a conversation.",
+        takes=TokenizeRequest,
+        gives=Tokenized,
+    ),
+    Route(
+        method="POST",
+        path="/detokenize",
+        handler=detokenize,
+        summary="The text of tokens.",
+        takes=DetokenizeRequest,
+        gives=Detokenized,
+    ),
+    Route(method="GET", path="/health", handler=health, summary="Whether it can serve."),
+    Route(method="GET", path="/ping", handler=health, summary="The same as /health."),
+    Route(method="GET", path="/version", handler=version, summary="The version of memserve."),
+    Route(
+        method="GET",
+        path="/metrics",
+        handler=metrics,
+        summary="Metrics for Prometheus.",
+        content_type="text/plain",
+    ),
+    Route(
+        method="GET", path="/openapi.json", handler=description, summary="This very description."
+    ),
+    Route(
+        method="POST",
+        path="/reset_prefix_cache",
+        handler=reset_prefix_cache,
+        summary="Drop every historical block that no request is using.",
+    ),
+    *ADMIN_ROUTES,
+)
+"""All that is served."""

@@ -14,21 +14,8 @@ from aiohttp import web
 
 from memserve.errors import InvalidRequest, Overloaded
 from memserve.frontend.collectors import InstanceView, kv_cache_usage
+from memserve.frontend.description import Parameter, Route
 from memserve.frontend.service import FRONTEND, json_response
-
-INSTANCE = "/admin/instances/{number:[0-9]{1,9}}"
-
-
-def admin_routes() -> list[web.RouteDef]:
-    """The routes of /admin."""
-    return [
-        web.get("/admin/pool", inspect_pool),
-        web.get("/admin/instances", list_instances),
-        web.post("/admin/instances", join_instance),
-        web.post(INSTANCE + "/role", set_role),
-        web.post(INSTANCE + "/drain", drain_instance),
-        web.delete(INSTANCE, drain_instance),
-    ]
 
 
 async def inspect_pool(request: web.Request) -> web.Response:
@@ -95,3 +82,54 @@ def _shown(instance: InstanceView) -> dict[str, Any]:
         "hbm": stats.hbm,
         "dram": stats.dram,
     }
+
+
+NUMBER = Parameter(name="number", pattern="[0-9]{1,9}")
+ROLE = Parameter(name="role", pattern="(prefill|decode|mixed)", in_path=False)
+ANY_ROLE = Parameter(name="role", pattern="(prefill|decode|mixed)", in_path=False, required=False)
+INSTANCES = "/admin/instances"
+INSTANCE = INSTANCES + "/{number}"
+
+ADMIN_ROUTES = (
+    Route(
+        method="GET",
+        path="/admin/pool",
+        handler=inspect_pool,
+        summary="What each instance finds when it recounts its books.",
+    ),
+    Route(
+        method="GET",
+        path=INSTANCES,
+        handler=list_instances,
+        summary="The instances, with their load.",
+    ),
+    Route(
+        method="POST",
+        path=INSTANCES,
+        handler=join_instance,
+        summary="Start one more instance.",
+        parameters=(ANY_ROLE,),
+    ),
+    Route(
+        method="POST",
+        path=INSTANCE + "/role",
+        handler=set_role,
+        summary="Change what new requests are sent to an instance.",
+        parameters=(NUMBER, ROLE),
+    ),
+    Route(
+        method="POST",
+        path=INSTANCE + "/drain",
+        handler=drain_instance,
+        summary="Let an instance leave when its work is done.",
+        parameters=(NUMBER,),
+    ),
+    Route(
+        method="DELETE",
+        path=INSTANCE,
+        handler=drain_instance,
+        summary="The same as its drain.",
+        parameters=(NUMBER,),
+    ),
+)
+"""The routes of /admin."""
