@@ -104,7 +104,7 @@ class LeastDelay:
         at_prefill = prefill.ttft + prefill.harm + waking
         later = decode.own * self._pressure(loads, question.now)
         at_decode = decode.own + decode.harm + waking + handover + self._interference(state)
-        at_decode += later
+        at_decode += later + self._in_the_way(loads, question.now)
         both = prefill.ttft + prefill.harm + decode.own + decode.harm + waking + later
         both = np.where(prefills & decodes, both, np.inf)
 
@@ -187,7 +187,8 @@ class LeastDelay:
         ttft = self._wait(loads, state, question.now) + own + num_steps * state.beside
         # While the prompt is computed, others get their tokens at the pace of its chunks.
         delay = np.maximum(0.0, own + num_steps * (state.beside - state.step))
-        there = state.batch + rows["num_incoming"]  # who waits before it decodes by then
+        # Who is computed before it here decodes here by then; who comes from elsewhere comes later.
+        there = state.batch + np.minimum(rows["num_incoming"], rows["num_queued"])
         harm = there * delay * np.minimum(1.0, state.rest / np.maximum(num_steps, 1.0))
         harm = harm + own * self._later_arrivals(loads, question.now, ttft)
         if (slo := self._config.slo_ttft) is not None:
@@ -200,6 +201,16 @@ class LeastDelay:
         rate = float((rows["rate"] * _fading(loads, now)).mean())
         pressure = float(self._pressure(loads, now).mean())
         waiting: Floats = WORK_PRICE + rate * ttft / (1.0 - pressure)
+        return waiting
+
+    def _in_the_way(self, loads: Loads, now: float) -> Floats:
+        """Seconds of prefills that one who is handed over at some time finds on each slot.
+
+        The mean wait of a queue with one server (Pollaczek and Khinchine). Who stays where it was
+        prefilled comes right after its own prefill, when none has begun.
+        """
+        residual = loads.rows["residual"] * _fading(loads, now)
+        waiting: Floats = residual / (1.0 - self._pressure(loads, now))
         return waiting
 
     def _pressure(self, loads: Loads, now: float) -> Floats:

@@ -33,6 +33,7 @@ ROW = np.dtype(
         ("remaining", np.float64),  # tokens that those will probably still generate
         ("capacity", np.float64),  # tokens of its fastest tier
         ("pressure", np.float64),  # share of recent time that prefills took
+        ("residual", np.float64),  # seconds of prefill found under way there, of late
         ("rate", np.float64),  # prompts sent there per second, of late
         ("pressure_at", np.float64),
         ("block_bytes", np.float64),
@@ -184,6 +185,8 @@ class Loads:
             row["queued_pairs"] += ticket.num_new_pairs
             fading = np.exp((row["pressure_at"] - now) / PRESSURE_SECONDS)
             row["pressure"] = row["pressure"] * fading + prefill_seconds / PRESSURE_SECONDS
+            seen = prefill_seconds**2 / 2 / PRESSURE_SECONDS
+            row["residual"] = row["residual"] * fading + seen
             row["rate"] = row["rate"] * fading + 1 / PRESSURE_SECONDS
             row["pressure_at"] = now
         self._add_decoding(ticket, 1)

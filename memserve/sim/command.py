@@ -91,6 +91,11 @@ FLAGS: tuple[Callable[[Callable[..., None]], Callable[..., None]], ...] = (
         "--threads", "num_threads", type=int, default=1, help="Which worker of that report."
     ),
     click.option("--devices", "num_devices", type=int, help="Shared by the instances in turn."),
+    click.option(
+        "--contention",
+        type=click.FloatRange(min=0),
+        help="What each busy neighbour on a device adds to a step's time, as a share.",
+    ),
     click.option("--noise", type=click.FloatRange(min=0), help="Of step times, as a share."),
     click.option("--max-model-len", type=int, help="Longest prompt plus answer."),
     click.option("--seed", type=int, default=0, help="Of requests and noise."),

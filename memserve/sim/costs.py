@@ -16,8 +16,13 @@ decode contexts, and at ten times that inside a chunk.
 `h100-8b`: a roofline of an 8-billion-parameter Llama 3 (32 layers, 8 KV heads of 128) in bfloat16 on
 one H100 SXM: 16 GB of weights and 131,072 bytes of KV a token at 3.35 TB/s x .8; 2 x 8e9 operations a
 token and 4 x 32 x 4096 a pair at 989 TFLOP/s x .5; 2 ms a step for launching and sampling. So a decode
-step is 8 ms at small batches, and a step with 2,048 prompt tokens 68 ms. KV cache: 80 GB x .9 less the
+step is 8 ms at small batches, and a step with 2,048 prompt tokens 70 ms. KV cache: 80 GB x .9 less the
 weights and 6 GB of workspace = 50 GB. Copies between instances: NVLink, 450 GB/s x .6.
+
+`h100x4-70b`: the same for 70 billion parameters (80 layers of width 8192) over four H100s as one
+instance, each of the rates four times: a decode step is 15 ms, 2,048 prompt tokens take 150 ms. KV
+cache: 288 GB less 140 GB of weights and 24 GB of workspace, 327,680 bytes a token. The time of tensor
+parallelism's own communication is left out.
 """
 
 from collections.abc import Sequence

@@ -48,6 +48,7 @@ class SimulateOptions:
     """Which worker of that report."""
     num_devices: int | None = None
     noise: float | None = None
+    contention: float | None = None
     seed: int = 0
     limits: Limits = field(default_factory=Limits)
 
@@ -87,6 +88,8 @@ def choose_profile(options: SimulateOptions) -> Profile:
         profile = calibrated(options.engine_report, options.num_threads, profile)
     if options.noise is not None:
         profile = msgspec.structs.replace(profile, noise=options.noise)
+    if options.contention is not None:
+        profile = msgspec.structs.replace(profile, contention=options.contention)
     return profile
 
 

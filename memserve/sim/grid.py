@@ -42,10 +42,14 @@ class Shape:
 
 
 CHATS = Shape("chats", "sharegpt", 1)
-LONG_CHATS = Shape("long prompts, short answers", "sharegpt", 4, 32)
-DOCUMENTS = Shape("long documents", "loogle", 8)
-EXTRACTS = Shape("long documents, short answers", "loogle", 8, 32)
 AGENTS = Shape("agents", "react", 1)
+LONG_AGENTS = Shape("agents, 8 times as long, answers of 128", "react", 8, 128)
+DOCUMENTS = Shape("documents of 14k", "loogle", 8)
+EXTRACTS = Shape("documents of 14k, answers of 32", "loogle", 8, 32)
+LONG_CHATS = {
+    length: Shape(f"chats, {scale} times as long, answers of {length}", "sharegpt", scale, length)
+    for scale, length in ((4, 32), (4, 64), (4, 160), (4, 320), (8, 640))
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,21 +64,39 @@ class Cell:
     @property
     def name(self) -> str:
         """For the table."""
-        return f"{self.shape.name}, {self.num_instances} instances, {self.rate:g}/s each"
+        return f"{self.shape.name}; {self.num_instances} instances; {self.rate:g}/s each"
 
 
-GRID = tuple(
-    Cell(shape, num_instances, rate)
-    for num_instances in (2, 3, 4)
-    for shape, rates in (
-        (CHATS, (1.0, 6.0)),
-        (AGENTS, (1.0, 6.0)),
-        (LONG_CHATS, (1.0, 6.0)),
-        (DOCUMENTS, (0.5, 2.0, 4.0)),
-        (EXTRACTS, (1.0, 3.0, 4.0)),
-    )
-    for rate in rates
+GRID = (
+    Cell(CHATS, 2, 1.0),
+    Cell(AGENTS, 2, 2.0),
+    Cell(LONG_CHATS[160], 2, 1.0),
+    Cell(LONG_CHATS[160], 2, 1.5),
+    Cell(DOCUMENTS, 2, 1.0),
+    Cell(EXTRACTS, 2, 0.75),
+    Cell(EXTRACTS, 2, 1.5),
+    Cell(CHATS, 3, 2.0),
+    Cell(AGENTS, 3, 2.0),
+    Cell(LONG_CHATS[64], 3, 1.5),
+    Cell(LONG_CHATS[640], 3, 0.6),
+    Cell(DOCUMENTS, 3, 1.0),
+    Cell(EXTRACTS, 3, 1.0),
+    Cell(EXTRACTS, 3, 1.5),
+    Cell(CHATS, 4, 2.0),
+    Cell(AGENTS, 4, 2.0),
+    Cell(LONG_AGENTS, 4, 2.0),
+    Cell(LONG_CHATS[32], 4, 2.0),
+    Cell(LONG_CHATS[320], 4, 1.5),
+    Cell(DOCUMENTS, 4, 1.0),
+    Cell(EXTRACTS, 4, 1.0),
+    Cell(EXTRACTS, 4, 1.5),
 )
+REDUCED = (
+    Cell(LONG_CHATS[160], 2, 1.5),
+    Cell(EXTRACTS, 2, 0.75),
+    Cell(LONG_CHATS[64], 3, 1.5),
+)
+"""Enough for two instances: all mixed and 1P1D win one each."""
 
 
 class CellResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -145,7 +167,7 @@ def run_grid(
     progress: Callable[[CellResult], None] = lambda _: None,
 ) -> GridReport:
     """Simulate every cell; `progress` hears of each as it is done."""
-    machine = profile or builtin_profiles()["h100-8b"]
+    machine = profile or builtin_profiles()["h100x4-70b"]
     results = []
     for cell in cells:
         results.append(run_cell(cell, machine, num_requests, seed))

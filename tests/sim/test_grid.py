@@ -2,7 +2,7 @@
 
 import pytest
 
-from memserve.sim.grid import CellResult, GridReport, render_grid
+from memserve.sim.grid import MARGIN, REDUCED, CellResult, GridReport, render_grid, run_grid
 
 
 def report(*cells: tuple[dict[str, float], float]) -> GridReport:
@@ -29,3 +29,26 @@ def test_shares_are_geometric_means_over_a_layouts_cells() -> None:
     found = report(({"2M": 2.0, "3M": 9.0}, 1.0), ({"2M": 1.0, "1P1D": 4.0}, 2.0))
     assert found.shares() == pytest.approx({"2M": 1.0, "3M": 1 / 9, "1P1D": 0.5})
     assert "cost is beyond 1.05 in 1 of 2 cells" in render_grid(found)
+
+
+def test_cost_is_never_worse_than_the_best_of_two_fixed_layouts() -> None:
+    """A part of the grid: 1P1D, 2P1D and two mixed instances are each the best in one cell."""
+    found = run_grid(REDUCED, num_requests=200)
+    margins = found.best_margins()
+    for layout in ("2M", "1P1D", "2P1D"):
+        assert margins[layout] >= MARGIN
+    for layout in ("2M", "1P1D"):
+        assert found.failures(layout), f"always {layout} would do as well"
+    assert found.failures() == []
+    assert max(found.shares().values()) < 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_cost_is_never_worse_than_the_best_fixed_layout_over_the_whole_grid() -> None:
+    found = run_grid()
+    margins = found.best_margins()
+    assert {name for name in margins if margins[name] < MARGIN} <= {"1P3D"}  # it wins by less
+    assert all(found.failures(layout) for layout in found.layouts)
+    assert found.failures() == []
+    assert max(found.shares().values()) < 1
