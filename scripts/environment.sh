@@ -43,7 +43,7 @@ prepare_environment() {
         say "installing memserve and what it needs into $venv (some minutes, once)"
         rm -f "$stamp"
         "$python" -m pip install --disable-pip-version-check --no-input \
-            --constraint "$root/constraints.txt" --editable "$root[gguf,test,check]" >&2
+            --constraint "$root/constraints.txt" --editable "$root[fuzz,gguf,test,check]" >&2
         printf '%s\n' "$wanted" >"$stamp"
     fi
     exec 9<&-

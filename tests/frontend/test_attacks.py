@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from memserve.frontend.bodies import NUM_LARGEST
 from memserve.frontend.connections import CONNECTIONS, Connections
@@ -91,6 +92,22 @@ STREAM = json.dumps({"prompt": "a", "n": 16, "max_tokens": 400, "stream": True})
 async def test_a_client_that_never_reads_is_cut_off_and_its_generation_ends(
     served: Served,
 ) -> None:
+    await read_nothing(served)
+
+
+def test_clients_are_cut_off_and_evicted_on_uvloop_too(tokenizer: Tokenizer) -> None:
+    async def body() -> None:
+        generator = ScriptedGenerator(lambda generation, choice: tokenizer.encode("a") * 400)
+        async with serve(tokenizer, generator, client_timeout=HOUR, max_connections=5) as served:
+            await read_nothing(served)
+            await crowd(served)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(body())
+
+
+async def read_nothing(served: Served) -> None:
+    """Be a client that asks for a stream and never reads it."""
     hands = Hands(served.app[CONNECTIONS])
     served.generator.hold_at = 300
     _, writer = await connect_narrowly(served)
@@ -218,19 +235,24 @@ async def test_bodies_in_memory_share_a_limit(served: Served) -> None:
 async def test_idle_connections_keep_nobody_out(tokenizer: Tokenizer) -> None:
     generator = ScriptedGenerator(lambda generation, choice: tokenizer.encode("a") * 9)
     async with serve(tokenizer, generator, max_connections=20) as served:
-        generator.hold_at = 1
-        stream = await served.client.completions.create(model="", prompt="a", stream=True)
-        await anext(stream)
-        generator.hold_at = None
-        idle = [await connect(served) for _ in range(100)]
-        for _ in range(3):
-            await assert_serves(served)
-        reader, _ = idle[0]
-        assert await reader.read() == b""  # the oldest had to go, and no stream
-        assert generator.num_inside == 1
-        await stream.close()
-        for _, writer in idle:
-            writer.close()
+        await crowd(served)
+
+
+async def crowd(served: Served) -> None:
+    """Be more idle clients than there may be connections, beside one with a stream."""
+    served.generator.hold_at = 1
+    stream = await served.client.completions.create(model="", prompt="a", stream=True)
+    await anext(stream)
+    served.generator.hold_at = None
+    idle = [await connect(served) for _ in range(100)]
+    for _ in range(3):
+        await assert_serves(served)
+    reader, _ = idle[0]
+    assert await reader.read() == b""  # the oldest had to go, and no stream
+    assert served.generator.num_inside == 1
+    await stream.close()
+    for _, writer in idle:
+        writer.close()
 
 
 async def test_a_server_full_of_streams_turns_a_connection_away(tokenizer: Tokenizer) -> None:
