@@ -26,6 +26,7 @@ from aiohttp.typedefs import Handler
 
 logger = logging.getLogger(__name__)
 
+HANDSHAKE_TIMEOUT_S = 10.0
 NUM_ROUNDS = 10  # looks at every connection within one time-out
 
 FULL = (
@@ -48,6 +49,14 @@ class _Watched:
     """Bytes that waited for the client at the last look."""
     num_answering: int = 0
     """Requests of it that have a handler now."""
+    was_open: bool = False
+    """Whether it has been seen open; before, it may be shaking hands over TLS."""
+
+    def is_over(self, transport: asyncio.Transport | None, now: float) -> bool:
+        """Whether nothing will come of it any more."""
+        if self.num_answering or (transport is not None and not transport.is_closing()):
+            return False
+        return self.was_open or now - self.since > HANDSHAKE_TIMEOUT_S
 
 
 @final
@@ -80,6 +89,7 @@ class Connections:
         """A request of this connection is being answered."""
         watched = self._watched.setdefault(protocol, _Watched(self._clock()))
         watched.num_answering += 1
+        watched.was_open = True
         try:
             yield
         finally:
@@ -100,10 +110,11 @@ class Connections:
         for protocol, watched in list(self._watched.items()):
             transport = _transport(protocol)
             overdue = now - watched.since > self._timeout
+            if watched.is_over(transport, now):
+                del self._watched[protocol]
             if transport is None or transport.is_closing():
-                if overdue and not watched.num_answering:
-                    del self._watched[protocol]
                 continue
+            watched.was_open = True
             num_unsent = unsent_bytes(transport)
             going = num_unsent != watched.num_unsent or (num_unsent == 0 and watched.num_answering)
             watched.num_unsent = num_unsent
@@ -119,13 +130,19 @@ class Connections:
 
     def _evict(self) -> bool:
         """Close the connection that has been idle longest; False if none is idle."""
-        for protocol, watched in self._watched.items():
-            transport = _transport(protocol)
-            if watched.num_answering or transport is None or transport.is_closing():
-                continue
-            if not unsent_bytes(transport):
-                transport.abort()
-                return True
+        now, over = self._clock(), []
+        try:
+            for protocol, watched in self._watched.items():
+                transport = _transport(protocol)
+                if watched.is_over(transport, now):
+                    over.append(protocol)
+                elif not watched.num_answering and transport and not unsent_bytes(transport):
+                    transport.abort()
+                    over.append(protocol)
+                    return True
+        finally:  # nobody passes them a second time
+            for protocol in over:
+                del self._watched[protocol]
         return False
 
 

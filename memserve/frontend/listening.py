@@ -11,18 +11,16 @@ from contextlib import asynccontextmanager
 from aiohttp import web
 
 from memserve.errors import UsageError
-from memserve.frontend.connections import CONNECTIONS, http_logger
+from memserve.frontend.connections import CONNECTIONS, HANDSHAKE_TIMEOUT_S, http_logger
 
 logger = logging.getLogger(__name__)
 
-BACKLOG = 128
-SPARE_DESCRIPTORS = 512
+BACKLOG = 1024
+SPARE_DESCRIPTORS = 2048
 """Left for the workers, their arenas, files, and connections that are just being closed."""
 
 FLUSH_TIMEOUT_S = 2.0
 """What the last bytes of the last answers get to reach their clients."""
-
-HANDSHAKE_TIMEOUT_S = 10.0
 
 
 def listen(host: str, port: int) -> socket.socket:

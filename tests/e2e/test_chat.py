@@ -136,6 +136,31 @@ async def test_a_client_that_leaves_during_prefill_frees_its_pages(
     assert_all_home(disaggregated)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_past_its_time_frees_its_pages(
+    disaggregated: ServerProcess, stream: bool
+) -> None:
+    client = disaggregated.client()
+    for limit in (0.01, 0.1, 1.0):  # while it is prefilled, handed over, decoded
+        with pytest.raises(openai.APIError, match="longer than it may"):
+            finish(
+                client.completions.create(
+                    model=MODEL,
+                    prompt="many " * 4000,
+                    max_tokens=2000,
+                    stream=stream,
+                    extra_body={"ignore_eos": True, "timeout": limit},
+                )
+            )
+    assert_all_home(disaggregated)
+
+
+def finish(answer: Any) -> None:
+    """Take all of a stream; a whole answer is there."""
+    for _ in answer:
+        pass
+
+
 def chat(*arguments: str, lines: str) -> "subprocess.CompletedProcess[str]":
     """`memserve chat` with these lines typed in."""
     options = ("--temperature", "0", "--max-tokens", "40")

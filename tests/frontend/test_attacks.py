@@ -250,6 +250,7 @@ async def crowd(served: Served) -> None:
     reader, _ = idle[0]
     assert await reader.read() == b""  # the oldest had to go, and no stream
     assert served.generator.num_inside == 1
+    assert len(served.app[CONNECTIONS]._watched) < 50  # what was closed is forgotten
     await stream.close()
     for _, writer in idle:
         writer.close()
