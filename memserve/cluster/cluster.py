@@ -296,7 +296,6 @@ class Cluster:
         """Refuse what can't be served at all, or not now."""
         if not self._hopeful:
             raise Overloaded("; ".join(self.problems()))
-        self._admission.check(generation)
         if generation.request_id in self._requests:
             raise InvalidRequest(f"request id {generation.request_id!r} is in use")
         num_tokens = len(generation.prompt) + generation.sampling.max_tokens
@@ -305,6 +304,7 @@ class Cluster:
                 f"prompt and answer may take {num_tokens} tokens, but the KV cache of a worker "
                 f"holds {self.max_sequence_tokens}"
             )
+        self._admission.check(generation)
 
     @property
     def _hopeful(self) -> bool:

@@ -254,6 +254,7 @@ class RigOptions:
     """Called by every worker, on its own thread, before it computes; raising `Killed` ends it."""
     worker_timeout: float = 10.0
     max_num_queued_reqs: int = 10_000
+    max_num_queued_tokens: int = 1 << 20
     scheduler: SchedulerConfig = PLAIN
     calibration: bool = False
 
@@ -293,6 +294,7 @@ async def rig(
         plans,
         make_scheduler(options.scheduler),
         max_num_queued_reqs=options.max_num_queued_reqs,
+        max_num_queued_tokens=options.max_num_queued_tokens,
         calibration=options.calibration,
         returns=options.scheduler.context_caching == "3",
         worker_timeout=options.worker_timeout,

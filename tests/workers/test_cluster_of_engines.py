@@ -170,8 +170,15 @@ async def test_a_request_that_can_never_fit_is_refused_at_once() -> None:
         assert await answer(cluster, generation(1, range(30), 2)) == [oracle_answer(range(30), 2)]
 
 
-async def test_a_full_queue_refuses_with_overloaded() -> None:
-    options = RigOptions(roles=(Role.MIXED,), max_num_queued_reqs=1)
+@pytest.mark.parametrize(
+    "options",
+    [
+        RigOptions(roles=(Role.MIXED,), max_num_queued_reqs=1),
+        RigOptions(roles=(Role.MIXED,), max_num_queued_tokens=9),
+    ],
+    ids=["requests", "tokens"],
+)
+async def test_a_full_queue_refuses_with_overloaded(options: RigOptions) -> None:
     async with (
         rig(options) as cluster,
         cluster.generate(generation(0, range(5), 3)) as tokens,
@@ -179,6 +186,8 @@ async def test_a_full_queue_refuses_with_overloaded() -> None:
         with pytest.raises(Overloaded) as refusal:
             await answer(cluster, generation(1, range(5), 3))
         assert refusal.value.retry_after == 1.0
+        with pytest.raises(InvalidRequest):  # that it could never be served, it hears at once
+            await answer(cluster, generation(1, range(5), 1000))
         assert [item.event.position async for item in tokens] == [0, 1, 2]
 
 
