@@ -3,7 +3,8 @@
 In every repeat each variant gets each case once, one after the other, in an order that changes with the
 repeat, from an empty cache; all variants get the same sessions in a repeat. A variant is judged by
 the ratio of its mean JCT to the baseline's in the same repeat: what slows the machine for a while slows
-both. The interval is a bootstrap of the median ratio over repeats.
+both. The interval is a bootstrap of the median ratio over repeats. At the end every server of ours
+recounts its blocks: no load may have cost it one.
 """
 
 import dataclasses
@@ -76,20 +77,22 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     repeats: int
     quick: bool
     cells: list[Cell]
+    problems: dict[str, list[str]]
+    """By variant, what its instances found when they recounted their blocks; peers don't stand here."""
 
 
 async def compare(plan: Plan, urls: Mapping[str, str], *, quick: bool, seed: int) -> Report:
     """Run a plan on its servers. Raises `UsageError` if one of them answers nothing."""
     names = [variant.name for variant in plan.variants]
     for name in names:
-        await _run(urls[name], WARM_UP)
+        await _run(urls[name], Case(name="warm-up", workload=WARM_UP))
     runs: dict[tuple[str, str], list[Figures]] = {}
     for repeat in range(plan.repeats):
         for case in plan.cases:
             for name in turned(names, repeat):
-                workload = dataclasses.replace(case.workload, seed=seed + repeat)
+                seeded = dataclasses.replace(case.workload, seed=seed + repeat)
                 await _reset(urls[name])
-                result = await _run(urls[name], workload)
+                result = await _run(urls[name], dataclasses.replace(case, workload=seeded))
                 log.info(
                     "repeat %d, %s, %s: %.1f s, mean JCT %.2f s, %d failed",
                     repeat + 1,
@@ -101,7 +104,9 @@ async def compare(plan: Plan, urls: Mapping[str, str], *, quick: bool, seed: int
                 )
                 runs.setdefault((case.name, name), []).append(figures_of(result))
     cells = [cell for case in plan.cases for cell in judge(plan, case, runs)]
-    return Report(plan=plan.name, repeats=plan.repeats, quick=quick, cells=cells)
+    recounted = {name: await _recount(urls[name]) for name in names}
+    problems = {name: found for name, found in recounted.items() if found is not None}
+    return Report(plan=plan.name, repeats=plan.repeats, quick=quick, cells=cells, problems=problems)
 
 
 def turned(names: Sequence[str], repeat: int) -> list[str]:
@@ -110,13 +115,15 @@ def turned(names: Sequence[str], repeat: int) -> list[str]:
     return [*names[first:], *names[:first]]
 
 
-async def _run(url: str, workload: Workload) -> Result:
-    options = ServeOptions(base_url=url, workload=workload, num_warmups=0)
+async def _run(url: str, case: Case) -> Result:
+    options = ServeOptions(
+        base_url=url, workload=case.workload, max_concurrency=case.max_concurrency, num_warmups=0
+    )
     result, _ = await bench_serve(options, lambda _: None)
     for error, count in result.errors.items():
         log.warning("%s: %d x %s", url, count, error)
     if not result.completed:
-        raise UsageError(f"{url} answered no request of {workload.name}")
+        raise UsageError(f"{url} answered no request of {case.workload.name}")
     return result
 
 
@@ -129,6 +136,30 @@ async def _reset(url: str) -> None:
                     log.warning("%s did not reset its cache: %d", url, response.status)
         except (aiohttp.ClientError, OSError) as error:
             log.warning("%s did not reset its cache: %s", url, error)
+
+
+async def _recount(url: str) -> list[str] | None:
+    """What a server's instances find wrong with their books; None: it isn't one of ours."""
+    async with aiohttp.ClientSession(url) as http:
+        try:
+            async with http.get("/admin/pool") as response:
+                if response.status != 200:
+                    return None
+                pools = msgspec.json.decode(await response.read(), type=_Pools)
+        except (aiohttp.ClientError, OSError, msgspec.DecodeError):
+            return None
+    return [f"{one.name}: {problem}" for one in pools.instances for problem in one.problems]
+
+
+class _Books(msgspec.Struct):
+    name: str
+    problems: list[str]
+
+
+class _Pools(msgspec.Struct):
+    """What is read of the answer to GET /admin/pool."""
+
+    instances: list[_Books]
 
 
 def figures_of(result: Result) -> Figures:

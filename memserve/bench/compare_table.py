@@ -37,7 +37,14 @@ def render(report: Report) -> str:
     failed = sum(run.failed for cell in report.cells for run in cell.runs)
     if failed:
         lines += ["", f"{failed} requests FAILED: the figures are of the others"]
+    if report.problems:
+        lines += ["", *map(_books, report.problems.items())]
     return "\n".join(lines)
+
+
+def _books(recounted: tuple[str, list[str]]) -> str:
+    variant, problems = recounted
+    return f"blocks of {variant}: " + ("; ".join(problems) or "recounted, none lost")
 
 
 def row(cell: Cell) -> list[str]:

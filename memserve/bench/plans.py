@@ -8,6 +8,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from memserve.workloads import Limits, Workload
+from memserve.workloads.synthetic import PrefixLengths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +17,7 @@ class Variant:
 
     name: str
     flags: tuple[str, ...] = ()
+    """They stand behind `COMMON` and so before it in force; FOLDER is one of this server's own."""
     url: str | None = None
 
 
@@ -25,6 +27,8 @@ class Case:
 
     name: str
     workload: Workload
+    max_concurrency: int | None = None
+    """Requests under way at a time; with 1 a TTFT has no part of waiting for others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +47,9 @@ class Plan:
 
 COMMON = ("--kv-cache-memory", "512M", "--max-model-len", "4096", "--log-level", "warning")
 """Flags of every server that is started."""
+
+FOLDER = "{folder}"
+"""Among a variant's flags: an empty folder that goes with its server."""
 
 CHATS = Limits(scale=0.5, max_output_len=48)
 DOCUMENTS = Limits(scale=0.5)
@@ -99,6 +106,32 @@ def layouts() -> Plan:
     )
 
 
+def tiers() -> Plan:
+    """Documents of four times the KV cache, asked about in turns: what each further tier keeps."""
+    # 96 MiB are 4,368 tokens of the demo model; the documents with their answers, 17,408.
+    num_documents, kv_cache, dram = 16, "96M", "384M"
+    lengths = PrefixLengths(
+        prefix_len=1040, suffix_len=32, num_prefixes=num_documents, output_len=16
+    )
+    workload = Workload(name="prefix-repetition", num_requests=3 * num_documents, prefixes=lengths)
+    flags = {
+        "HBM": (),
+        "+ DRAM": ("--dram-cache-memory", dram),
+        "+ half of it, int8": ("--dram-cache-memory", "192M", "--dram-cache-dtype", "int8"),
+        "+ files": ("--cache-dir", FOLDER),
+    }
+    return Plan(
+        name="tiers",
+        variants=tuple(
+            Variant(name=name, flags=("--mixed", "1", "--kv-cache-memory", kv_cache, *more))
+            for name, more in flags.items()
+        ),
+        cases=(Case(name="4 x HBM", workload=workload, max_concurrency=1),),
+        repeats=2,
+        baseline="HBM",
+    )
+
+
 def _fixed(*roles: str) -> tuple[str, ...]:
     return (*roles, "--no-elastic-roles", "--routing-policy", "prompt-tree")
 
@@ -110,7 +143,7 @@ def _case(name: str, limits: Limits, *, rate: float, num_requests: int) -> Case:
     return Case(name=name, workload=workload)
 
 
-PLANS = {"ablation": ablation, "layouts": layouts}
+PLANS = {"ablation": ablation, "layouts": layouts, "tiers": tiers}
 
 
 def quick(plan: Plan) -> Plan:

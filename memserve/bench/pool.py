@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import msgspec
@@ -84,6 +85,7 @@ class Options:
     model: str | None
     prompt_lengths: tuple[int, ...]
     dtype: DTYPES
+    folder: Path | None
 
 
 def parse_options(arguments: Sequence[str]) -> Options:
@@ -99,6 +101,12 @@ def parse_options(arguments: Sequence[str]) -> Options:
         "--model", help="for --ttft, as for memserve serve [default: the demo model]"
     )
     parser.add_argument("--prompt-lengths", type=int, nargs="+", default=[1024, 4096], metavar="N")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        metavar="DIR",
+        help="for --ttft: the files of history lie below it [default: where temporary files do]",
+    )
     values = parser.parse_args(arguments)
     layout = ArenaLayout(
         num_blocks=4 * MOVED_TOKENS // BLOCK_SIZE,
@@ -117,6 +125,7 @@ def parse_options(arguments: Sequence[str]) -> Options:
         model=values.model,
         prompt_lengths=tuple(values.prompt_lengths),
         dtype=values.dtype,
+        folder=values.folder,
     )
 
 
@@ -136,7 +145,11 @@ def run(options: Options) -> PoolReport:
     if options.ttft:
         _, weights = find_weights(options.model)
         first_tokens = measure_first_tokens(
-            weights, options.dtype, options.prompt_lengths, min(options.rounds, TTFT_ROUNDS)
+            weights,
+            options.dtype,
+            options.prompt_lengths,
+            min(options.rounds, TTFT_ROUNDS),
+            options.folder,
         )
     return PoolReport(
         layout=options.layout,

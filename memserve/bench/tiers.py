@@ -2,13 +2,17 @@
 
 Swaps move the KV of one prompt between HBM and DRAM as `TierCopy` does it, plain or as int8: thread
 time, beside one memcpy of the same KV that takes turns with them. First tokens come out of a real
-engine with its copy thread, by wall-clock time: of a prompt that no cache holds, of the same one
-again, and of the same one after all history was pushed out to DRAM. `bench.pool` prints both.
+engine with its threads, by wall-clock time: of a prompt that no cache holds, of the same one again,
+of the same one after all history was pushed out to DRAM, and after it was left in files alone: once
+with the files in the system's page cache, and once dropped from there first, as far as the file system
+does that on request. `bench.pool` prints both.
 """
 
 import itertools
+import os
 import socket
 import statistics
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -40,7 +44,10 @@ if TYPE_CHECKING:
     from memserve.model.model import Model
 
 ENCODINGS: tuple[Encoding, ...] = ("plain", "int8")
+PLACES = ("HBM", "DRAM", "int8 DRAM", "files in memory", "DISK")
 BLOCKS_AT_ONCE = 64
+FILE_BYTES = 1 << 34
+"""Bound of the files: enough for any prompt."""
 
 
 class SwapSpeed(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,7 +66,7 @@ class FirstToken(msgspec.Struct, frozen=True, kw_only=True):
 
     prompt_tokens: int
     history: str
-    """Where all of it but the last token lay: `none`, `HBM`, `DRAM` or `int8 DRAM`."""
+    """Where all of it but the last token lay: `none`, or one of `PLACES`."""
     milliseconds: float
     share_of_uncached: float
 
@@ -109,9 +116,12 @@ def measure_swaps(
 
 
 def measure_first_tokens(
-    weights: Path, dtype: DTYPES, lengths: Sequence[int], rounds: int
+    weights: Path, dtype: DTYPES, lengths: Sequence[int], rounds: int, folder: Path | None = None
 ) -> list[FirstToken]:
-    """Prompts of `lengths` tokens and one more, on all cores of this process."""
+    """Prompts of `lengths` tokens and one more, on all cores of this process.
+
+    Files lie below `folder`, or where temporary files do, and are removed.
+    """
     torch.set_num_threads(len(usable_cores()))
     torch.set_grad_enabled(False)
     block_size = ServeConfig.block_size
@@ -123,19 +133,14 @@ def measure_first_tokens(
     draw = np.random.default_rng(0)
     times: dict[tuple[int, str], list[float]] = defaultdict(list)
     with (
+        tempfile.TemporaryDirectory(dir=folder, prefix="bench-pool-") as files,
         tiered_engine(model, weights, max(lengths), "plain") as plain,
         tiered_engine(model, weights, max(lengths), "int8") as int8,
+        tiered_engine(model, weights, max(lengths), "plain", cache_dir=files) as filed,
     ):
         for number, length in itertools.product(range(-1, rounds), lengths):
             prompt = draw.integers(model.spec.vocab_size, size=length + 1).tolist()
-            found = {"none": plain.first_token(prompt, 0), "HBM": plain.first_token(prompt, length)}
-            plain.push_out()
-            found["DRAM"] = plain.first_token(prompt, length)
-            int8.first_token(prompt, 0)
-            int8.push_out()
-            found["int8 DRAM"] = int8.first_token(prompt, length)
-            for engine in (plain, int8):
-                engine.forget()
+            found = _first_tokens(prompt, length, plain, int8, filed)
             for history, seconds in found.items():
                 if number >= 0:  # the first round warms up
                     times[length, history].append(seconds)
@@ -150,11 +155,38 @@ def measure_first_tokens(
     ]
 
 
+def _first_tokens(
+    prompt: list[int],
+    length: int,
+    plain: "TieredEngine",
+    int8: "TieredEngine",
+    filed: "TieredEngine",
+) -> dict[str, float]:
+    """Seconds by where the first `length` tokens lay; everything is forgotten at the end."""
+    found = {"none": plain.first_token(prompt, 0), "HBM": plain.first_token(prompt, length)}
+    plain.push_out()
+    found["DRAM"] = plain.first_token(prompt, length)
+    int8.first_token(prompt, 0)
+    int8.push_out()
+    found["int8 DRAM"] = int8.first_token(prompt, length)
+    filed.first_token(prompt, 0)
+    filed.leave_in_files()
+    found["files in memory"] = filed.first_token(prompt, length)
+    filed.leave_in_files(on_disk=True)
+    found["DISK"] = filed.first_token(prompt, length)
+    for engine in (plain, int8, filed):
+        engine.forget()
+    return found
+
+
 @contextmanager
 def tiered_engine(
-    model: "Model", weights: Path, num_tokens: int, encoding: Encoding
+    model: "Model", weights: Path, num_tokens: int, encoding: Encoding, *, cache_dir: str = ""
 ) -> Iterator["TieredEngine"]:
-    """An engine whose tiers have room for a prompt of `num_tokens` each, and a little more."""
+    """An engine whose tiers have room for a prompt of `num_tokens` each, and a little more.
+
+    With `cache_dir` its second tier are files there, without it is DRAM.
+    """
     config = EngineConfig(
         weights=str(weights),
         eos_token_ids=model.spec.eos_token_ids,
@@ -164,6 +196,8 @@ def tiered_engine(
         block_size=ServeConfig.block_size,
         kv_cache_bytes=0,
         dram_cache_encoding=encoding,
+        cache_dir=cache_dir,
+        cache_dir_bytes=FILE_BYTES,
         max_num_seqs=ServeConfig.max_num_seqs,
         max_num_batched_tokens=ServeConfig.max_num_batched_tokens,
         handover_timeout=ServeConfig.handover_timeout,
@@ -172,8 +206,10 @@ def tiered_engine(
     )
     num_blocks = 2 * (num_tokens // config.block_size + BLOCKS_AT_ONCE)
     num_bytes = num_blocks * block_shape(model, config).block_bytes
+    dram_bytes = 0 if cache_dir else num_bytes
     engine = TieredEngine(
-        msgspec.structs.replace(config, kv_cache_bytes=num_bytes, dram_cache_bytes=num_bytes), model
+        msgspec.structs.replace(config, kv_cache_bytes=num_bytes, dram_cache_bytes=dram_bytes),
+        model,
     )
     try:
         yield engine
@@ -205,13 +241,15 @@ class TieredEngine:
             map_peer=_no_peer,
             copy_within=self._memory.copy_within,
             samples=self._memory.samples,
+            store=self._memory.store,
         )
+        self._folder = Path(config.cache_dir)
         self._tickets = itertools.count()
 
     def first_token(self, prompt: list[int], num_cached: int) -> float:
         """Seconds to the first token of a prompt of which `num_cached` tokens are history."""
         sampling = SamplingParams(max_tokens=1, seed=0, temperature=0.0, ignore_eos=True)
-        before = self._engine.stats().num_cached_tokens
+        before = self._num_found
         ticket = next(self._tickets)
         self._link.inbox.put(Submit(ticket=ticket, choice=0, prompt=prompt, sampling=sampling))
         start = time.perf_counter()
@@ -219,10 +257,17 @@ class TieredEngine:
         while (stats := self._engine.stats()).num_running or stats.num_waiting:
             busy = self._engine.step(wait=not busy)
         seconds = time.perf_counter() - start
-        found = self._engine.stats().num_cached_tokens - before
+        found = self._num_found - before
         assert found == num_cached, f"{found} tokens were cached, not {num_cached}"
         self._discard_messages()
         return seconds
+
+    @property
+    def _num_found(self) -> int:
+        """Tokens that were found in any tier, since the start."""
+        stats = self._engine.stats()
+        num_read = stats.disk.num_read_blocks if stats.disk is not None else 0
+        return stats.num_cached_tokens + num_read * self._memory.pool.block_size
 
     def push_out(self) -> None:
         """Swap all history out to DRAM."""
@@ -232,9 +277,24 @@ class TieredEngine:
             while pool.num_leaving:
                 self._engine.step(wait=True)
 
+    def leave_in_files(self, *, on_disk: bool = False) -> None:
+        """Drop all history but the files; with `on_disk` these from the page cache too."""
+        assert self._memory.store is not None
+        self._memory.store.drain()
+        self._memory.pool.reset()
+        if not on_disk:
+            return
+        for path in self._folder.rglob("*.kv"):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
     def forget(self) -> None:
         """Drop all history."""
         self._memory.pool.reset()
+        if self._memory.store is not None:
+            self._memory.store.clear()
+            self._memory.store.drain()
         self._engine.step()
         self._discard_messages()
 

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from memserve.bench.plans import COMMON, Variant
+from memserve.bench.plans import COMMON, FOLDER, Variant
 from memserve.errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -33,15 +33,18 @@ def running(variants: Sequence[Variant], model: str | None) -> Iterator[dict[str
                 urls[variant.name] = variant.url
                 continue
             log.info("starting %s: %s", variant.name, " ".join(variant.flags))
-            server = _server(variant, model, Path(folder) / f"{number}.log")
+            own = Path(folder) / str(number)
+            own.mkdir()
+            server = _server(variant, model, own, Path(folder) / f"{number}.log")
             urls[variant.name] = servers.enter_context(server)
         yield urls
 
 
 @contextlib.contextmanager
-def _server(variant: Variant, model: str | None, log_file: Path) -> Iterator[str]:
+def _server(variant: Variant, model: str | None, folder: Path, log_file: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "memserve", "serve", *([model] if model else [])]
-    command += [*COMMON, "--port", "0", *variant.flags]
+    command += [*COMMON, "--port", "0"]
+    command += [flag.replace(FOLDER, str(folder)) for flag in variant.flags]
     with (
         log_file.open("wb") as errors,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors) as process,

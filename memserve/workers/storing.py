@@ -122,6 +122,10 @@ class DiskStore:
         self._era += 1
         self._submit(self._writer, self._clear)
 
+    def drain(self) -> None:
+        """Return when all that waits now is written."""
+        self._writer.submit(lambda: None).result()
+
     def close(self) -> None:
         """Write what waits, as far as `FLUSH_S` goes, and end the threads."""
         self._deadline = time.monotonic() + FLUSH_S

@@ -39,6 +39,8 @@ class FakeServer:
     token_delay: float = 0.0
     bodies: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    """What it finds when it recounts its books."""
     num_running: int = 0
     peak_running: int = 0
 
@@ -121,6 +123,13 @@ class FakeServer:
         text = METRICS.format(prefilled=prefilled, requests=requests, seconds=requests * 0.25)
         return web.Response(text=text)
 
+    async def pools(self, _: web.Request) -> web.Response:
+        if not self.is_memserve:
+            raise web.HTTPNotFound
+        return web.json_response(
+            {"instances": [{"name": "mixed-0", "stats": {}, "problems": self.problems}]}
+        )
+
 
 async def send(response: web.StreamResponse, chunk: dict[str, Any]) -> None:
     await response.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
@@ -137,6 +146,7 @@ async def running(fake: FakeServer) -> AsyncIterator[str]:
             web.post("/tokenize", fake.tokenize),
             web.get("/v1/models", fake.models),
             web.get("/metrics", fake.metrics),
+            web.get("/admin/pool", fake.pools),
         ]
     )
     async with TestServer(app) as server:

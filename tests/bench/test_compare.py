@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from memserve.bench.compare import Cell, Figures, Report, bootstrap, compare, judge, turned
+from memserve.bench.compare import Cell, Figures, Report, _run, bootstrap, compare, judge, turned
 from memserve.bench.compare_table import render
 from memserve.bench.comparing import changed, parse_options, parse_variant
 from memserve.bench.plans import COMMON, PLANS, Case, Plan, Variant, quick
@@ -76,6 +76,23 @@ async def test_a_server_that_answers_nothing_ends_the_comparison() -> None:
             await compare(plan_of("busy"), {"busy": url}, quick=True, seed=1)
 
 
+async def test_what_servers_lost_is_told_and_a_load_can_be_one_request_at_a_time() -> None:
+    leaking, peer = FakeServer(is_memserve=True), FakeServer(token_delay=0.005)
+    leaking.problems.append("block 7: 1 references, 0 explained by []")
+    async with (
+        fake_openai.running(leaking) as one,
+        fake_openai.running(peer) as other,
+    ):
+        urls = {"leaking": one, "peer": other}
+        case = Case(name="alone", workload=SHORT, max_concurrency=1)
+        plan = plan_of(*urls, cases=(case,), repeats=1)
+        report = await compare(plan, urls, quick=True, seed=1)
+        peer.peak_running = 0
+        await _run(other, case)
+        assert peer.peak_running == 1
+    assert report.problems == {"leaking": ["mixed-0: block 7: 1 references, 0 explained by []"]}
+
+
 def test_everybody_is_first_equally_often() -> None:
     orders = [turned(["a", "b", "c"], repeat) for repeat in range(6)]
     assert [order[0] for order in orders] == ["a", "b", "c"] * 2
@@ -116,8 +133,11 @@ def test_a_table_shows_medians_and_what_failed() -> None:
         ("short", "a"): [run_of(1000), run_of(3000)],
         ("short", "b"): [run_of(500, hit_rate=None, failed=2), run_of(1500)],
     }
+    problems: dict[str, list[str]] = {"a": [], "b": ["x: block 7 is lost", "y: so is 8"]}
     cells: list[Cell] = judge(plan, plan.cases[0], runs)
-    lines = render(Report(plan="test", repeats=2, quick=True, cells=cells)).splitlines()
+    lines = render(
+        Report(plan="test", repeats=2, quick=True, cells=cells, problems=problems)
+    ).splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert [
         "a",
@@ -132,9 +152,14 @@ def test_a_table_shows_medians_and_what_failed() -> None:
         "1 (baseline)",
         "",
     ] in rows
-    assert ["b", "-", *rows[-4][2:7], "1,000", "2,000", "0.50", "0.50 to 0.50"] in rows
+    assert ["b", "-", *rows[-7][2:7], "1,000", "2,000", "0.50", "0.50 to 0.50"] in rows
     assert lines[1].startswith("QUICK")
-    assert lines[-1] == "2 requests FAILED: the figures are of the others"
+    assert lines[-4:] == [
+        "2 requests FAILED: the figures are of the others",
+        "",
+        "blocks of a: recounted, none lost",
+        "blocks of b: x: block 7 is lost; y: so is 8",
+    ]
 
 
 def test_variants_are_flags_or_urls() -> None:
@@ -185,7 +210,7 @@ def test_the_plans_servers_have_flags_that_exist(make: Any) -> None:
     for variant in make().variants:
         arguments = [*COMMON, *variant.flags]
         with serve.make_context("serve", list(arguments)) as context:
-            assert context.params["kv_cache_memory"] == "512M"
+            assert context.params["max_model_len"] == 4096
             assert context.params["model"] is None  # nothing was taken for an argument
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from memserve.bench.pool import Move, parse_options, render, run
-from memserve.bench.tiers import measure_first_tokens
+from memserve.bench.tiers import PLACES, measure_first_tokens
 from tests.model.tiny import ARCHITECTURES, save
 
 
@@ -26,11 +26,10 @@ def test_first_tokens_of_prompts_that_each_tier_holds_are_timed_by_a_real_engine
     tmp_path: Path,
 ) -> None:
     folder = save(ARCHITECTURES["llama"].config(), tmp_path)
-    first = measure_first_tokens(folder, "float32", [32, 64], 1)
+    first = measure_first_tokens(folder, "float32", [32, 64], 1, tmp_path)
+    assert not [*tmp_path.glob("bench-pool-*")]
     assert [(row.prompt_tokens, row.history) for row in first] == [
-        (length + 1, history)
-        for length in (32, 64)
-        for history in ("none", "HBM", "DRAM", "int8 DRAM")
+        (length + 1, history) for length in (32, 64) for history in ("none", *PLACES)
     ]
     assert all(row.milliseconds > 0 for row in first)
     assert [row.share_of_uncached for row in first if row.history == "none"] == [1.0, 1.0]
