@@ -117,6 +117,11 @@ def test_cores_are_divided_among_the_workers(num_workers: int, shares: list[list
         ServeConfig(gpu_memory_utilization=1.5),
         ServeConfig(slo_ttft=0),
         ServeConfig(slo_tpot=float("inf")),
+        ServeConfig(max_num_queued_tokens=0),
+        ServeConfig(max_connections=0),
+        ServeConfig(client_timeout=0),
+        ServeConfig(request_timeout=-1),
+        ServeConfig(request_timeout=float("nan")),
     ],
 )
 def test_numbers_that_make_no_sense_are_refused(config: ServeConfig) -> None:
