@@ -75,6 +75,7 @@ class Cluster:
         worker_timeout: float = 10.0,
         spawn: Spawn = spawn_process,
     ) -> None:
+        self.plan = plans[0]
         self._members = Membership(plans, spawn)
         self.pool = RemotePool(self)
         self.scheduler = scheduler
@@ -99,7 +100,7 @@ class Cluster:
             scheduler,
             self._members.by_number,
             hopeless=lambda: not self._hopeful,
-            convicted=self.reviver.forgive,
+            forgive=self.reviver.forgive,
         )
         self._max_sequence_tokens = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -355,11 +356,12 @@ class Cluster:
         logger.error("worker %s %s", instance.name, reason)
         self._members.lose(instance)
         self._forget(instance)
+        self.in_background(
+            self._members.bury(instance)
+            if instance.leaving
+            else self.reviver.revive(instance, reason)
+        )
         self.recovery.lost(instance, self._streams.lose(instance))
-        if instance.leaving:
-            self.in_background(self._members.bury(instance))
-        else:
-            self.in_background(self.reviver.revive(instance, reason))
 
     def _handle(self, instance: Instance, message: ToLauncher) -> None:
         match message:

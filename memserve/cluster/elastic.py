@@ -53,6 +53,8 @@ class Members(Protocol):
 
     pool: RemotePool
     scheduler: Scheduler
+    plan: InstancePlan
+    """Of the first instance."""
 
     @property
     def instances(self) -> list[Instance]:
@@ -137,7 +139,7 @@ async def join(cluster: Members, role: str) -> str:
 
     Raises InvalidRequest for an unknown role, RequestFailed with the reason if it can't start.
     """
-    plan = dataclasses.replace(cluster.instances[0].plan, role=parse_role(role))
+    plan = dataclasses.replace(cluster.plan, role=parse_role(role))
     try:
         return (await cluster.add(plan)).name
     except UsageError as error:

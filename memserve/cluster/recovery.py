@@ -27,7 +27,10 @@ HARMLESS_TOKENS = 16
 
 
 class Recovery:
-    """Sends lost streams again; `hopeless` says that nobody serves nor will."""
+    """Sends lost streams again.
+
+    `hopeless` says whether nobody serves nor will; `forgive` takes a death off an instance's account.
+    """
 
     def __init__(
         self,
@@ -36,13 +39,13 @@ class Recovery:
         instances: Mapping[int, Instance],
         *,
         hopeless: Callable[[], bool],
-        convicted: Callable[[int], None],
+        forgive: Callable[[int], None],
     ) -> None:
         self._streams = streams
         self._scheduler = scheduler
         self._instances = instances
         self._hopeless = hopeless
-        self._convicted = convicted
+        self._forgive = forgive
         self._waiting: list[Stream] = []
         self._suspect: Request | None = None
         """The request that is alone on an instance, or will be when that is idle."""
@@ -53,8 +56,8 @@ class Recovery:
         """An instance has died, and nobody works on these any more."""
         if (suspect := self._suspect) is not None and suspect.alone_on == instance.number:
             suspect.alone_on = self._suspect = None
-            if any(stream.request is suspect for stream in streams):
-                self._convict(suspect, instance)
+            if streams and all(stream.request is suspect for stream in streams):
+                self._convict(suspect)
         self._waiting += [stream for stream in streams if not stream.closed]
 
     async def run(self) -> None:
@@ -66,9 +69,10 @@ class Recovery:
     def _tend(self) -> None:
         self._waiting = [stream for stream in self._waiting if not stream.closed]
         self._watch_suspect()
-        suspects = [s.request for s in self._waiting if s.request.num_deaths >= SUSPICIOUS_DEATHS]
+        suspects = [stream for stream in self._waiting if is_suspicious(stream.request)]
         if suspects and self._suspect is None:
-            self._isolate(suspects[0])
+            # What dies at once has got least far.
+            self._isolate(min(suspects, key=lambda stream: len(stream.answer)).request)
         for stream in list(self._waiting):
             if self._send_again(stream):
                 self._waiting.remove(stream)
@@ -79,7 +83,7 @@ class Recovery:
         ask = ask_of(request, stream.answer)
         if request is self._suspect:
             placement = self._alone(stream)
-        elif request.num_deaths >= SUSPICIOUS_DEATHS and not self._hopeless():
+        elif is_suspicious(request) and not self._hopeless():
             placement = None
         else:
             placement = self._anywhere(stream, ask)
@@ -151,23 +155,29 @@ class Recovery:
         elif waits or not harmless:
             return
         else:
-            request.num_deaths = 0
+            request.died_with.clear()
         request.alone_on = self._suspect = None
         if not instance.leaving:
             self._scheduler.set_leaving(instance.number, leaving=False)
             self._streams.note_change()
 
-    def _convict(self, request: Request, instance: Instance) -> None:
+    def _convict(self, request: Request) -> None:
         self.num_convicted += 1
-        self._convicted(instance.number)
+        for number in request.died_with:
+            self._forgive(number)
         reason = (
-            f"{request.num_deaths} workers have died while they worked on this request, the last one "
-            "on nothing else; it is not tried again"
+            f"{len(request.died_with)} workers have died while they worked on this request, the last "
+            "one on nothing else; it is not tried again"
         )
         logger.error("request %s has failed: %s", request.generation.request_id, reason)
         for stream in request.streams:
             if not stream.closed:
                 self._streams.fail(stream, RequestFailed(reason))
+
+
+def is_suspicious(request: Request) -> bool:
+    """Whether it was there so often when a worker died that it may be the cause."""
+    return len(request.died_with) >= SUSPICIOUS_DEATHS
 
 
 def decide(scheduler: Scheduler, ask: Ask) -> Placement:

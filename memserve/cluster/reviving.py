@@ -35,21 +35,24 @@ class Deaths:
         """It serves."""
         self._started = now
 
-    def died(self, now: float) -> float | None:
-        """Seconds until its next start; None: it stays down."""
+    def died(self, now: float) -> None:
+        """It is dead, or could not start."""
         if now - self._started >= HEALTHY_S:
             self._num_in_a_row = 0
         self._started = now
         self._times = [*(each for each in self._times if now - each < WINDOW_S), now]
         self._num_in_a_row += 1
-        if len(self._times) >= MAX_DEATHS:
-            return None
-        wait: float = FIRST_WAIT_S * 2 ** (self._num_in_a_row - 1)
-        return min(wait, LONGEST_WAIT_S)
 
     def forgive(self) -> None:
-        """The last death was not its own fault."""
+        """One of its deaths was not its own fault."""
         del self._times[-1:]
+        self._num_in_a_row = max(0, self._num_in_a_row - 1)
+
+    def wait(self) -> float | None:
+        """Seconds until its next start; None: it stays down."""
+        if len(self._times) >= MAX_DEATHS:
+            return None
+        return min(FIRST_WAIT_S * 2.0 ** max(0, self._num_in_a_row - 1), LONGEST_WAIT_S)
 
 
 class Reviver:
@@ -80,40 +83,45 @@ class Reviver:
         self._deaths.setdefault(instance.number, Deaths()).started(time.monotonic())
 
     def forgive(self, number: int) -> None:
-        """A request was to blame for a worker's last death."""
+        """A request was to blame for one of a worker's deaths."""
         if number in self._deaths:
             self._deaths[number].forgive()
 
     def revive(self, dead: Instance, reason: str) -> Coroutine[Any, Any, None]:
-        """Count on a dead worker from now on; to be run, which starts it again.
+        """Count a death; what is returned is to be run, and starts the worker again.
 
         As often as it takes and is allowed.
         """
+        self._deaths.setdefault(dead.number, Deaths()).died(time.monotonic())
         self._coming.add(dead.number)
         self.down[dead.number] = f"worker {dead.name} {reason}"
         return self._revive(dead)
 
     async def _revive(self, dead: Instance) -> None:
-        number, epoch = dead.number, dead.epoch
-        deaths = self._deaths.setdefault(number, Deaths())
+        try:
+            instance = await self._start_again(dead)
+        finally:  # nobody must wait for one that will not come
+            self._coming.discard(dead.number)
+            self._changed()
+        if instance is not None:
+            del self.down[dead.number]
+            self.num_restarts += 1
+            self._serve(instance)
+
+    async def _start_again(self, dead: Instance) -> Instance | None:
+        """The worker's next life that serves, None if it stays down."""
+        number, epoch, deaths = dead.number, dead.epoch, self._deaths[dead.number]
         await self._members.bury(dead)
-        while (wait := deaths.died(time.monotonic())) is not None:
+        while (wait := deaths.wait()) is not None:
             logger.info("worker %s starts again in %.1f s", dead.name, wait)
             await asyncio.sleep(wait)
             epoch += 1
             try:
-                instance = await self._members.restart(dead, epoch)
+                return await self._members.restart(dead, epoch)
             except (UsageError, ChannelClosed, TimeoutError, OSError) as error:
                 self.down[number] = f"worker {dead.name} could not start again: {error}"
                 logger.warning("%s", self.down[number])
-                continue
-            self._coming.discard(number)
-            del self.down[number]
-            self.num_restarts += 1
-            deaths.started(time.monotonic())
-            self._serve(instance)
-            return
-        self._coming.discard(number)
+                deaths.died(time.monotonic())
         self.down[number] += f"; it stays down after {MAX_DEATHS} deaths in a short time"
         logger.error("%s", self.down[number])
-        self._changed()
+        return None

@@ -29,8 +29,8 @@ class Request:
     generation: Generation
     outlet: Outlet
     streams: list["Stream"] = field(default_factory=list)
-    num_deaths: int = 0
-    """Workers that have died with it, since it last was alone on one and did no harm."""
+    died_with: list[int] = field(default_factory=list)
+    """Instances that have died with it, since it last was alone on one and did no harm."""
     alone_on: int | None = None
     """The instance that works on nothing else, to see whether this request kills it."""
 
@@ -135,7 +135,7 @@ class Streams:
         """
         held = self.on(instance)
         for request in {stream.request for stream in held}:
-            request.num_deaths += 1
+            request.died_with.append(instance.number)
         for stream in held:
             stream.holders.discard(instance.number)
         lost = [stream for stream in held if stream.owner is instance]

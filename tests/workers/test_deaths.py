@@ -6,11 +6,13 @@
 import asyncio
 import random
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 import pytest
 
 from memserve.cluster.cluster import Cluster
+from memserve.cluster.reviving import MAX_DEATHS
 from memserve.errors import Overloaded, RequestFailed
 from memserve.scheduler.interface import Ask, Placement, Role
 from memserve.scheduler.scheduler import Scheduler
@@ -167,6 +169,7 @@ async def test_a_request_that_kills_fails_alone_and_no_other_does() -> None:
         assert answers == [[oracle_answer(prompt, 100)] for prompt in asked]
         await all_serve(cluster, 2)
         assert cluster.recovery.num_convicted == 1
+        assert all(not deaths._times for deaths in cluster.reviver._deaths.values())
 
 
 async def test_who_was_there_at_two_deaths_by_chance_is_cleared() -> None:
@@ -256,18 +259,47 @@ async def test_who_dies_while_it_is_drained_is_not_started_again() -> None:
 
 
 async def test_one_that_dies_too_often_stays_down_and_says_so() -> None:
-    def broken(slices: Sequence[Slice]) -> None:
-        if slices[0].sequence.tokens[0] == POISON:
-            raise Killed
-
-    options = RigOptions(roles=(Role.MIXED,), before_step=broken)
-    async with rig(options) as cluster:
-        deaths = cluster.reviver._deaths[0]
-        for now in (1.0, 2.0, 3.0):
-            deaths.died(now)
-        deaths._times = [asyncio.get_running_loop().time()] * 4
+    async with rig(RigOptions(roles=(Role.MIXED,), step_seconds=0.003)) as cluster:
+        running = asyncio.create_task(answer(cluster, generation(0, range(9), 200)))
+        await until(lambda: cluster.num_streams == 1)
+        for _ in range(MAX_DEATHS - 1):
+            cluster.reviver._deaths[0].died(time.monotonic())
         kill(cluster, 0)
-        await until(lambda: not cluster.scheduler.roles())
+        with pytest.raises(Overloaded, match="none will come back"):
+            await running
         with pytest.raises(Overloaded, match="stays down"):
-            await answer(cluster, generation(0, range(5), 2))
+            await answer(cluster, generation(1, range(5), 2))
         assert "stays down" in cluster.problems()[0]
+        assert await cluster.join("mixed") == "mixed-1"
+        assert cluster.problems() == []
+        assert await answer(cluster, generation(2, range(5), 2)) == [oracle_answer(range(5), 2)]
+
+
+async def test_where_the_prompt_is_it_is_decoded_when_the_other_dies_before_it_has_it() -> None:
+    options = RigOptions(roles=PREFILL_DECODE, copy_seconds=0.3, handover_timeout=5)
+    async with rig(options) as cluster:
+        running = asyncio.create_task(answer(cluster, generation(0, range(21), 20)))
+        await until(lambda: any(s.answer for s in cluster._streams._streams.values()))
+        kill(cluster, 1)
+        assert await running == [oracle_answer(range(21), 20)]
+        assert cluster.recovery.num_replayed == 0
+        await all_serve(cluster, 2)
+
+
+async def test_who_decodes_does_not_notice_that_the_prefill_instance_dies() -> None:
+    async with rig(RigOptions(roles=PREFILL_DECODE, step_seconds=0.003)) as cluster:
+        running = asyncio.create_task(answer(cluster, generation(0, range(21), 100)))
+        await until(lambda: any(len(s.answer) > 5 for s in cluster._streams._streams.values()))
+        kill(cluster, 0)
+        assert await running == [oracle_answer(range(21), 100)]
+        assert cluster.recovery.num_replayed == 0
+        await all_serve(cluster, 2)
+
+
+async def test_a_launcher_that_did_not_run_itself_blames_nobody() -> None:
+    async with rig(RigOptions(roles=TWO_MIXED, worker_timeout=1.5)) as cluster:
+        for _ in range(2):
+            time.sleep(2)
+            await asyncio.sleep(0.01)
+        assert await answer(cluster, generation(0, range(9), 5)) == [oracle_answer(range(9), 5)]
+        assert [instance.epoch for instance in cluster.instances] == [1, 1]
