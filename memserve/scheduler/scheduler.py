@@ -100,6 +100,8 @@ class Scheduler:
 
         A role that nobody has, all take over. Raises `LookupError` when no instance serves.
         """
+        if not self._loads.rows["serves"].any():
+            raise LookupError("no instance serves")
         question = self._question(ask, now)
         choice = self._policy.choose(question, self._loads)
         for slot in {choice.prefill, choice.decode}:

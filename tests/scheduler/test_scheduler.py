@@ -98,6 +98,9 @@ def test_without_anyone_who_serves_there_is_no_place() -> None:
     made.set_leaving(0)
     with pytest.raises(LookupError):
         made.place(Ask(prompt=[1] * 40, max_tokens=8), 0.0)
+    made.leave(0)
+    with pytest.raises(LookupError):
+        made.place(Ask(prompt=[1] * 40, max_tokens=8), 0.0)
 
 
 def test_who_is_leaving_gets_no_new_work() -> None:
