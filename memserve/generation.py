@@ -38,6 +38,19 @@ class ChoiceToken:
     event: TokenEvent
 
 
+@dataclass(slots=True)
+class Recoveries:
+    """What the cluster has made good, counted since its start."""
+
+    num_deaths: int = 0
+    """Of workers, those that hung included."""
+    num_restarts: int = 0
+    num_replayed: int = 0
+    """Choices that were dispatched again."""
+    num_convicted: int = 0
+    """Requests that failed since they had killed every worker they were given to."""
+
+
 class Generator(Protocol):
     """The cluster as the front end sees it."""
 

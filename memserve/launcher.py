@@ -249,7 +249,13 @@ async def serving(config: ServeConfig, prepared: PreparedModel) -> AsyncIterator
                 request_timeout=config.request_timeout,
                 slo=Slo(seconds(config.slo_ttft), seconds(config.slo_tpot)),
             )
-            app = create_app(cluster, tokenizer, settings, counters=cluster.scheduler.counters)
+            app = create_app(
+                cluster,
+                tokenizer,
+                settings,
+                counters=cluster.scheduler.counters,
+                recoveries=cluster.recoveries,
+            )
             async with answering(app, sock, tls):
                 url = url_of(sock.getsockname()[:2], tls=tls is not None)
                 yield Server(url, settings.model_name, cluster, app[FRONTEND].running)

@@ -24,7 +24,12 @@ from prometheus_client.registry import Collector
 from memserve import __version__
 from memserve.frontend.admin import ADMIN_ROUTES
 from memserve.frontend.bodies import Bodies
-from memserve.frontend.collectors import InstanceCollector, MemoCollector, SchedulerCollector
+from memserve.frontend.collectors import (
+    InstanceCollector,
+    MemoCollector,
+    RecoveryCollector,
+    SchedulerCollector,
+)
 from memserve.frontend.completions import create_chat_completion, create_completion
 from memserve.frontend.connections import (
     CONNECTIONS,
@@ -45,6 +50,7 @@ from memserve.frontend.service import (
     run_encoders,
     run_sized,
 )
+from memserve.generation import Recoveries
 from memserve.openai.memo import ChatMemo
 from memserve.openai.plan import ServedModel, plan_detokenize, plan_tokenize
 from memserve.openai.requests import (
@@ -73,10 +79,11 @@ def create_app(
     settings: ServerSettings,
     *,
     counters: Counters | None = None,
+    recoveries: Recoveries | None = None,
 ) -> web.Application:
     """The application that serves `service`; to be run with `handler_cancellation=True`.
 
-    `counters` are the scheduler's, for /metrics.
+    `counters` are the scheduler's and `recoveries` the cluster's, for /metrics.
     """
     middlewares: list[Middleware] = [
         note_connection,
@@ -91,6 +98,8 @@ def create_app(
     ]
     if counters is not None:
         collectors.append(SchedulerCollector(settings.model_name, counters))
+    if recoveries is not None:
+        collectors.append(RecoveryCollector(settings.model_name, recoveries))
     app[FRONTEND] = Frontend(
         service=service,
         tokenizer=tokenizer,

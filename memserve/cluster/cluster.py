@@ -27,7 +27,7 @@ from memserve.cluster.returning import Returns
 from memserve.cluster.reviving import Reviver
 from memserve.cluster.streams import Request, Streams
 from memserve.errors import ChannelClosed, InvalidRequest, Overloaded, RequestError, UsageError
-from memserve.generation import ChoiceToken, Generation
+from memserve.generation import ChoiceToken, Generation, Recoveries
 from memserve.messages import (
     Calibrated,
     Declined,
@@ -94,13 +94,17 @@ class Cluster:
         self._inspections = Inspections()
         self._calls: Questions[PoolReply] = Questions()
         self._liveness = Liveness(worker_timeout)
-        self.reviver = Reviver(self._members, self._serve, self._streams.note_change)
+        self.recoveries = Recoveries()
+        self.reviver = Reviver(
+            self._members, self._serve, self._streams.note_change, self.recoveries
+        )
         self.recovery = Recovery(
             self._streams,
             scheduler,
             self._members.by_number,
             hopeless=lambda: not self._hopeful,
             forgive=self.reviver.forgive,
+            counts=self.recoveries,
         )
         self._max_sequence_tokens = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -354,6 +358,7 @@ class Cluster:
         if not self._members.is_member(instance):
             return  # it was asked to leave, or is known to be dead
         logger.error("worker %s %s", instance.name, reason)
+        self.recoveries.num_deaths += 1
         self._members.lose(instance)
         self._forget(instance)
         self.in_background(

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from memserve.cluster.instance import Instance
 from memserve.cluster.streams import Request, Stream, Streams
 from memserve.errors import Overloaded, RequestFailed
+from memserve.generation import Recoveries
 from memserve.scheduler.interface import Ask, Placement
 from memserve.scheduler.scheduler import Scheduler
 
@@ -40,6 +41,7 @@ class Recovery:
         *,
         hopeless: Callable[[], bool],
         forgive: Callable[[int], None],
+        counts: Recoveries,
     ) -> None:
         self._streams = streams
         self._scheduler = scheduler
@@ -49,8 +51,7 @@ class Recovery:
         self._waiting: list[Stream] = []
         self._suspect: Request | None = None
         """The request that is alone on an instance, or will be when that is idle."""
-        self.num_replayed = 0
-        self.num_convicted = 0
+        self._counts = counts
 
     def lost(self, instance: Instance, streams: list[Stream]) -> None:
         """An instance has died, and nobody works on these any more."""
@@ -76,7 +77,7 @@ class Recovery:
         for stream in list(self._waiting):
             if self._send_again(stream):
                 self._waiting.remove(stream)
-                self.num_replayed += 1
+                self._counts.num_replayed += 1
 
     def _send_again(self, stream: Stream) -> bool:
         request = stream.request
@@ -162,7 +163,7 @@ class Recovery:
             self._streams.note_change()
 
     def _convict(self, request: Request) -> None:
-        self.num_convicted += 1
+        self._counts.num_convicted += 1
         for number in request.died_with:
             self._forgive(number)
         reason = (

@@ -13,6 +13,7 @@ from typing import Any
 from memserve.cluster.instance import Instance
 from memserve.cluster.membership import Membership
 from memserve.errors import ChannelClosed, UsageError
+from memserve.generation import Recoveries
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class Reviver:
         members: Membership,
         serve: Callable[[Instance], None],
         changed: Callable[[], None],
+        counts: Recoveries,
     ) -> None:
         self._members = members
         self._serve = serve
@@ -71,7 +73,7 @@ class Reviver:
         self._coming: set[int] = set()
         self.down: dict[int, str] = {}
         """By number, what is wrong with each that doesn't serve."""
-        self.num_restarts = 0
+        self._counts = counts
 
     @property
     def any_coming(self) -> bool:
@@ -105,7 +107,7 @@ class Reviver:
             self._changed()
         if instance is not None:
             del self.down[dead.number]
-            self.num_restarts += 1
+            self._counts.num_restarts += 1
             self._serve(instance)
 
     async def _start_again(self, dead: Instance) -> Instance | None:

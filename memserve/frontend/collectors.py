@@ -9,6 +9,7 @@ from typing import Protocol
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from memserve.generation import Recoveries
 from memserve.messages import DiskStats, EngineStats
 from memserve.openai.memo import ChatMemo
 from memserve.scheduler.counters import Counters
@@ -167,6 +168,31 @@ class SchedulerCollector(Collector):
             ("scheduler_role_changes", "Roles changed by the planner.", counted.num_role_changes),
         ):
             counter = CounterMetricFamily(PREFIX + name, text, labels=names)
+            counter.add_metric(self._labels, count)
+            yield counter
+
+
+class RecoveryCollector(Collector):
+    """Deaths of workers and what became of their requests."""
+
+    def __init__(self, model_name: str, recoveries: Recoveries) -> None:
+        self._labels = (model_name, FRONTEND)
+        self._recoveries = recoveries
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: registering must not read."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        """Every counter."""
+        counted = self._recoveries
+        for name, text, count in (
+            ("worker_deaths", "Workers that died or hung.", counted.num_deaths),
+            ("worker_restarts", "Workers started again.", counted.num_restarts),
+            ("replayed_choices", "Choices dispatched again.", counted.num_replayed),
+            ("convicted_requests", "Requests that kill workers.", counted.num_convicted),
+        ):
+            counter = CounterMetricFamily(PREFIX + name, text, labels=("model_name", "engine"))
             counter.add_metric(self._labels, count)
             yield counter
 

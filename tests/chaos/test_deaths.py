@@ -6,8 +6,10 @@ log-probabilities. At the end every block is home and the books are right.
 
 import asyncio
 import os
+import re
 import signal
 import time
+import urllib.request
 from typing import Any
 
 import openai
@@ -181,5 +183,39 @@ async def test_b6_a_new_request_waits_while_the_only_worker_is_away(
         asyncio.to_thread(client.completions.create, model=MODEL, prompt="And then", max_tokens=4)
     )
     assert (await ask).usage is not None
+    await wait_until_healthy(one_worker, 2)
+    assert_all_home(one_worker)
+    with urllib.request.urlopen(one_worker.url + "/metrics", timeout=10) as response:
+        metrics = response.read().decode()
+    assert re.search(r"^memserve:worker_deaths_total\{.*\} 1\.0$", metrics, re.MULTILINE)
+    assert re.search(r"^memserve:worker_restarts_total\{.*\} 1\.0$", metrics, re.MULTILINE)
+
+
+async def test_b9_a_stop_string_across_a_death_ends_the_answer(one_worker: ServerProcess) -> None:
+    """What the front end holds back because it may be a stop string outlives the worker."""
+
+    async def ask(client: openai.AsyncOpenAI, stop: str | None, *, kill: bool) -> str:
+        text, num_chunks = "", 0
+        chunks = await client.completions.create(
+            model=MODEL,
+            prompt="Once upon a time",
+            max_tokens=30,
+            temperature=0,
+            stop=stop,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        async for chunk in chunks:
+            text += chunk.choices[0].text
+            num_chunks += 1
+            if kill and num_chunks == 8:
+                (worker,) = one_worker.workers()
+                os.kill(worker, signal.SIGKILL)
+        return text
+
+    async with one_worker.async_client() as client:
+        whole = await ask(client, None, kill=False)
+        stop = whole[len(whole) // 2 : len(whole) // 2 + 25]
+        assert await ask(client, stop, kill=True) == whole[: whole.index(stop)]
     await wait_until_healthy(one_worker, 2)
     assert_all_home(one_worker)

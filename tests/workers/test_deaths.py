@@ -63,7 +63,7 @@ async def test_answers_go_on_after_a_death(roles: tuple[Role, ...], victim: int)
         answers = await asyncio.gather(*running)
         await all_serve(cluster, len(roles))
         assert answers == [[oracle_answer(prompt, 40)] * 2 for prompt in asked]
-        assert cluster.recovery.num_replayed > 0
+        assert cluster.recoveries.num_replayed > 0
         assert max(instance.epoch for instance in cluster.instances) == 2
         assert cluster.problems() == cluster.down() == []
         assert await answer(cluster, generation(99, range(30), 5)) == [oracle_answer(range(30), 5)]
@@ -168,7 +168,7 @@ async def test_a_request_that_kills_fails_alone_and_no_other_does() -> None:
         answers = await asyncio.gather(*running)
         assert answers == [[oracle_answer(prompt, 100)] for prompt in asked]
         await all_serve(cluster, 2)
-        assert cluster.recovery.num_convicted == 1
+        assert cluster.recoveries.num_convicted == 1
         assert all(not deaths._times for deaths in cluster.reviver._deaths.values())
 
 
@@ -185,7 +185,7 @@ async def test_who_was_there_at_two_deaths_by_chance_is_cleared() -> None:
             kill(cluster, stream.prefill.number)
             await until(lambda before=ticket: stream.ticket != before)  # type: ignore[misc]
         assert await running == [oracle_answer(range(9), 400)]
-        assert cluster.recovery.num_convicted == 0
+        assert cluster.recoveries.num_convicted == 0
 
 
 async def test_a_worker_that_hangs_is_taken_for_dead() -> None:
@@ -282,7 +282,7 @@ async def test_where_the_prompt_is_it_is_decoded_when_the_other_dies_before_it_h
         await until(lambda: any(s.answer for s in cluster._streams._streams.values()))
         kill(cluster, 1)
         assert await running == [oracle_answer(range(21), 20)]
-        assert cluster.recovery.num_replayed == 0
+        assert cluster.recoveries.num_replayed == 0
         await all_serve(cluster, 2)
 
 
@@ -292,7 +292,7 @@ async def test_who_decodes_does_not_notice_that_the_prefill_instance_dies() -> N
         await until(lambda: any(len(s.answer) > 5 for s in cluster._streams._streams.values()))
         kill(cluster, 0)
         assert await running == [oracle_answer(range(21), 100)]
-        assert cluster.recovery.num_replayed == 0
+        assert cluster.recoveries.num_replayed == 0
         await all_serve(cluster, 2)
 
 
