@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import itertools
 
 import pytest
 
@@ -118,7 +119,9 @@ async def test_workers_time_their_steps_alone_and_together_before_they_serve() -
         assert [lesson[::2] for lesson in scheduler.lessons if lesson[0] == 2] == [(2, 1)]
         assert all(num_steps > 0 for _, num_steps, _ in scheduler.lessons)
         assert scheduler.counters.prefill_error.num == 0
-        await answer(cluster, generation(0, range(20), 3))
-        async with asyncio.timeout(10):  # heartbeats come once a second
-            while scheduler.counters.prefill_error.num == 0:
-                await asyncio.sleep(0.01)
+        async with asyncio.timeout(30):  # errors count once enough steps were seen
+            for number in itertools.count():
+                await answer(cluster, generation(number, range(number % 50, number % 50 + 20), 8))
+                if scheduler.counters.prefill_error.num:
+                    break
+                await asyncio.sleep(0.01)  # heartbeats come once a second
