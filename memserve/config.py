@@ -45,7 +45,11 @@ class ServeConfig:
     tls_key: str | None = _flag(None, "File with its private key, in PEM, without a password.")
     prefill: int | None = _flag(None, "Number of prefill workers.")
     decode: int | None = _flag(None, "Number of decode workers.")
-    mixed: int | None = _flag(None, "Number of workers that prefill and decode.")
+    mixed: int | None = _flag(
+        None,
+        "Number of workers that prefill and decode [default: if no worker is asked for, one for each "
+        "memory node].",
+    )
     device: str = _flag("auto", "Where the model runs.", choices=("auto", "cpu", "cuda"))
     dtype: str = _flag(
         "auto",

@@ -24,7 +24,13 @@ from memserve.frontend.listening import answering, connection_limit, listen, tls
 from memserve.frontend.running import Running
 from memserve.frontend.service import FRONTEND, ServerSettings
 from memserve.frontend.timeline import Slo
-from memserve.machine import available_memory, divide_cores, has_fast_bf16, usable_cores
+from memserve.machine import (
+    available_memory,
+    divide_cores,
+    has_fast_bf16,
+    num_memory_nodes,
+    usable_cores,
+)
 from memserve.model.identity import weights_digest
 from memserve.model.prepared import PreparedModel, ProgressLine, prepare_in_child
 from memserve.paths import cache_dir
@@ -163,13 +169,17 @@ def choose_dtype(config: ServeConfig) -> DType:
 
 
 def choose_roles(config: ServeConfig) -> list[Role]:
-    """The workers' roles; one prefill and one decode worker if nothing is asked for."""
+    """The workers' roles; if nothing is asked for, a mixed worker for each memory node.
+
+    Workers that share a memory bus each read the weights for their own batch: on two cores one worker
+    with both serves chats a fifth faster than two with one core each.
+    """
     counts = (config.prefill, config.decode, config.mixed)
     if any(count is not None and count < 0 for count in counts):
         raise UsageError("--prefill, --decode and --mixed must not be negative")
     num_prefill, num_decode, num_mixed = (count or 0 for count in counts)
     if counts == (None, None, None):
-        num_prefill = num_decode = 1
+        num_mixed = num_memory_nodes(usable_cores())
     if num_mixed == 0 and (num_prefill == 0 or num_decode == 0):
         raise UsageError(
             "somebody must prefill and somebody must decode: give --prefill and --decode, or --mixed"

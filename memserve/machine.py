@@ -9,6 +9,7 @@ from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
 MEMINFO = Path("/proc/meminfo")
+MEMORY_NODES = Path("/sys/devices/system/node")
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
@@ -29,6 +30,22 @@ def die_with_parent(parent: int | None = None) -> None:
 def usable_cores() -> list[int]:
     """Numbers of the cores that this process may run on."""
     return sorted(os.sched_getaffinity(0))
+
+
+def num_memory_nodes(cores: list[int]) -> int:
+    """NUMA nodes that these cores belong to; 1 where the kernel doesn't tell."""
+    wanted = set(cores)
+    nodes = [path.read_text() for path in MEMORY_NODES.glob("node*/cpulist")]
+    return max(1, sum(bool(wanted & parse_core_list(text)) for text in nodes))
+
+
+def parse_core_list(text: str) -> set[int]:
+    """Numbers in the kernel's notation, such as `0-3,8`."""
+    found: set[int] = set()
+    for part in filter(None, text.strip().split(",")):
+        first, _, last = part.partition("-")
+        found.update(range(int(first), int(last or first) + 1))
+    return found
 
 
 def has_fast_bf16() -> bool:

@@ -6,7 +6,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from memserve import launcher
+from memserve import launcher, machine
 from memserve.cli import cli
 from memserve.config import ServeConfig, parse_size, read_config_file
 from memserve.errors import UsageError
@@ -82,8 +82,22 @@ def test_every_flag_is_documented() -> None:
     assert all(option.help for option in options)
 
 
-def test_the_default_is_one_worker_of_each_role() -> None:
-    assert launcher.choose_roles(ServeConfig()) == [Role.PREFILL, Role.DECODE]
+def test_the_default_is_one_mixed_worker_for_each_memory_node(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for node, cores in enumerate(("0-3,8\n", "4-7\n", "9-12\n")):
+        (tmp_path / f"node{node}").mkdir()
+        (tmp_path / f"node{node}" / "cpulist").write_text(cores)
+    monkeypatch.setattr(machine, "MEMORY_NODES", tmp_path)
+    monkeypatch.setattr(launcher, "usable_cores", lambda: [0, 1, 7, 8])
+    assert launcher.choose_roles(ServeConfig()) == [Role.MIXED, Role.MIXED]
+
+
+def test_without_word_from_the_kernel_there_is_one_memory_node(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(machine, "MEMORY_NODES", tmp_path / "none")
+    assert machine.num_memory_nodes([0, 1]) == 1
 
 
 def test_roles_are_counted_as_asked() -> None:

@@ -27,8 +27,9 @@ def any_layout(
 
 @pytest.fixture(scope="module")
 def disaggregated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """One prefill and one decode worker, as by default."""
-    with serve(*SMALL, log=tmp_path_factory.mktemp("server") / "log") as server:
+    """One prefill and one decode worker."""
+    log = tmp_path_factory.mktemp("server") / "log"
+    with serve(*SMALL, *LAYOUTS["disaggregated"], log=log) as server:
         yield server
 
 

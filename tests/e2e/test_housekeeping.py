@@ -38,7 +38,7 @@ def refused(*arguments: str) -> str:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_everything(number: signal.Signals, log: Path) -> None:
     before = shared_memory_files()
-    with serve(*SMALL, log=log) as server:
+    with serve(*SMALL, "--mixed", "2", log=log) as server:
         workers = server.workers()
         assert len(workers) == 2
         assert server.stop(number) == 0
