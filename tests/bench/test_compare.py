@@ -217,7 +217,7 @@ def test_the_plans_servers_have_flags_that_exist(make: Any) -> None:
 def test_a_server_that_does_not_start_is_told_with_its_last_words() -> None:
     wrong = Variant(name="wrong", flags=("--mixed", "-3"))
     with (
-        pytest.raises(UsageError, match=r"'wrong' did not start: .*memserve: "),
+        pytest.raises(UsageError, match=r"(?s)'wrong' did not start: .*memserve: "),
         running([wrong], None),
     ):
         pass
