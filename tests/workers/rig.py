@@ -381,3 +381,28 @@ async def answer(cluster: Cluster, asked: Generation) -> list[list[int]]:
             assert item.event.position == len(answers[item.choice])
             answers[item.choice].append(item.event.token)
     return answers
+
+
+async def ask_impatiently(
+    cluster: Cluster, *, rounds: int, longest: int, patience: tuple[int, int]
+) -> None:
+    """Clients that leave: each after a random number of tokens, or, below 0, before any."""
+    random_ = random.Random(1)
+
+    async def leave(number: int, prompt: list[int], patience: int) -> None:
+        async with cluster.generate(generation(number, prompt, 20)) as tokens:
+            if patience < 0:
+                await asyncio.sleep(random_.random() * 0.02)
+                return
+            async for item in tokens:
+                if item.event.position >= patience:
+                    return
+
+    for round_ in range(rounds):
+        asked = prompts(12, longest=longest, seed=round_)
+        await asyncio.gather(
+            *(
+                leave(100 * round_ + i, prompt, random_.randint(*patience))
+                for i, prompt in enumerate(asked)
+            )
+        )

@@ -2,7 +2,6 @@
 
 import asyncio
 import queue
-import random
 
 import pytest
 
@@ -19,6 +18,7 @@ from tests.workers.rig import (
     Crossing,
     RigOptions,
     answer,
+    ask_impatiently,
     generation,
     oracle_answer,
     prompts,
@@ -125,26 +125,8 @@ async def test_preempted_sequences_give_the_same_answer() -> None:
 @pytest.mark.parametrize("roles", [(Role.MIXED,), PREFILL_DECODE])
 async def test_aborts_at_random_moments_leave_every_block_home(roles: tuple[Role, ...]) -> None:
     options = RigOptions(roles=roles, num_blocks=24, handover_timeout=0.05, step_seconds=0.0005)
-    random_ = random.Random(1)
-
-    async def impatient(number: int, prompt: list[int], patience: int) -> None:
-        async with cluster.generate(generation(number, prompt, 20)) as tokens:
-            if patience < 0:
-                await asyncio.sleep(random_.random() * 0.02)
-                return
-            async for item in tokens:
-                if item.event.position >= patience:
-                    return
-
     async with rig(options) as cluster:
-        for round_ in range(15):
-            asked = prompts(12, longest=30, seed=round_)
-            await asyncio.gather(
-                *(
-                    impatient(100 * round_ + i, prompt, random_.randint(-6, 19))
-                    for i, prompt in enumerate(asked)
-                )
-            )
+        await ask_impatiently(cluster, rounds=15, longest=30, patience=(-6, 19))
         assert await answer(cluster, generation(9999, range(30), 8)) == [
             oracle_answer(range(30), 8)
         ]

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import queue
-import random
 import threading
 import time
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from tests.workers.rig import (
     Crossing,
     RigOptions,
     answer,
+    ask_impatiently,
     generation,
     oracle_answer,
     prompts,
@@ -111,26 +111,8 @@ async def test_aborts_at_random_moments_leave_every_block_home(granularity: str)
         copy_seconds=0.001,
         transfer_granularity=granularity,
     )
-    random_ = random.Random(1)
-
-    async def impatient(number: int, prompt: list[int], patience: int) -> None:
-        async with cluster.generate(generation(number, prompt, 20)) as tokens:
-            if patience < 0:
-                await asyncio.sleep(random_.random() * 0.02)
-                return
-            async for item in tokens:
-                if item.event.position >= patience:
-                    return
-
     async with rig(options) as cluster:
-        for round_ in range(8):
-            asked = prompts(12, longest=40, seed=round_)
-            await asyncio.gather(
-                *(
-                    impatient(100 * round_ + i, prompt, random_.randint(-8, 5))
-                    for i, prompt in enumerate(asked)
-                )
-            )
+        await ask_impatiently(cluster, rounds=8, longest=40, patience=(-8, 5))
         assert await answer(cluster, generation(9999, range(30), 8)) == [
             oracle_answer(range(30), 8)
         ]
