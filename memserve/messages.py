@@ -25,6 +25,15 @@ from typing import TypeAlias
 import msgspec
 
 from memserve.config import EngineConfig
+from memserve.parallel.messages import (
+    Gathered,
+    Group,
+    Joined,
+    KeepBlocks,
+    LeftGroup,
+    LetGo,
+    StartGroup,
+)
 from memserve.pool.events import IndexEvent
 from memserve.pool.refs import ArenaDescriptor, BlockRef, TierStats
 from memserve.pool.remote import PoolReply, PoolRequest
@@ -103,6 +112,8 @@ class Submit(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     unless the instance has them; what can't be had is computed."""
     outputs: list[int] = []
     """The answer so far, of one whose worker has died: the next token takes the place after it."""
+    group: Group | None = None
+    """Set if several instances prefill it together."""
 
 
 class Expect(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
@@ -361,6 +372,8 @@ ToWorker: TypeAlias = (
     | ReportIndex
     | Calibrate
     | PoolCall
+    | StartGroup
+    | KeepBlocks
     | ReleasePeer
     | Shutdown
 )
@@ -374,6 +387,10 @@ ToLauncher: TypeAlias = (
     | Withdrawn
     | Rejected
     | PoolAnswer
+    | Joined
+    | LeftGroup
+    | Gathered
+    | LetGo
     | Heartbeat
     | Calibrated
     | IndexEvents

@@ -46,6 +46,7 @@ from memserve.messages import (
     ToLauncher,
     Withdrawn,
 )
+from memserve.parallel.messages import Gathered, Joined, LeftGroup, LetGo
 from memserve.pool.remote import PoolReply, PoolRequest, RemotePool
 from memserve.scheduler.interface import Ask, Placement
 from memserve.scheduler.scheduler import Scheduler
@@ -394,7 +395,7 @@ class Cluster:
                 self._inspections.answer(query, message)
             case PoolAnswer(number, reply):
                 self._calls.answer(number, reply)
-            case Ready() | StartFailed():
-                raise AssertionError("a worker starts once")
+            case Ready() | StartFailed() | Joined() | LeftGroup() | Gathered() | LetGo():
+                raise AssertionError(f"not expected here: {message}")
             case _:
                 assert_never(message)

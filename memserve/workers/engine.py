@@ -43,6 +43,7 @@ from memserve.messages import (
 )
 from memserve.model.sampling import Sampled
 from memserve.model.step import LayerWritten
+from memserve.parallel.messages import KeepBlocks, StartGroup
 from memserve.pool.mempool import MemPool
 from memserve.pool.progress import StepProgress
 from memserve.pool.service import PoolService, StartPull
@@ -249,8 +250,8 @@ class Engine:
                     self._store.clear()
             case Shutdown() | Hangup():
                 self._stopping = True
-            case Configure():
-                raise AssertionError("a worker is configured once")
+            case Configure() | StartGroup() | KeepBlocks():
+                raise AssertionError(f"not expected here: {event}")
             case _:
                 assert_never(event)
 
