@@ -297,6 +297,13 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_swapped_out_blocks: int = 0
     num_swapped_in_blocks: int = 0
     num_swapped_bytes: int = 0
+    num_group_steps: int = 0
+    """Steps that computed a part of a prompt that a group of instances shares."""
+    num_remote_blocks: int = 0
+    """Other instances' blocks that were attended to where they lie, counted again in each step."""
+    num_remote_bytes: int = 0
+    num_gathered_blocks: int = 0
+    """Blocks of a group's other ranks copied here by the leader."""
     hbm: TierStats | None = None
     dram: TierStats | None = None
     """None where there is no DRAM tier."""
@@ -304,7 +311,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """None where no history is kept in files."""
 
 
-class StepSample(msgspec.Struct, frozen=True, array_like=True):
+class StepSample(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
     """What one step computed, and how long it took."""
 
     num_prefill_tokens: int
@@ -314,6 +321,8 @@ class StepSample(msgspec.Struct, frozen=True, array_like=True):
     num_decode_pairs: int
     """Sum over the decoding sequences of the tokens that each attends to."""
     seconds: float
+    num_ranks: int = 1
+    """Instances that computed this step together, each its own share; `seconds` has the waits."""
 
 
 class CopySample(msgspec.Struct, frozen=True, array_like=True):
