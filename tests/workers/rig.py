@@ -13,7 +13,8 @@ import random
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from array import array
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import ParamSpec
 
@@ -28,7 +29,7 @@ from memserve.generation import Generation
 from memserve.messages import Configure, Ready, SamplingParams
 from memserve.model.sampling import Sampled
 from memserve.model.step import LayerWritten
-from memserve.pool.refs import ArenaLayout, Encoding
+from memserve.pool.refs import ArenaLayout, Encoding, Tier
 from memserve.scheduler.interface import Ask, Placement, Role, SchedulerConfig
 from memserve.scheduler.scheduler import Scheduler
 from memserve.workers import calibration
@@ -36,6 +37,8 @@ from memserve.workers.engine import Engine
 from memserve.workers.link import Link
 from memserve.workers.memory import WorkerMemory
 from memserve.workers.sequence import Slice
+from tests.faults.plan import Faults
+from tests.faults.wrapping import FaultyLink, wrap
 
 P = ParamSpec("P")
 
@@ -132,11 +135,16 @@ class ThreadWorker:
     """A worker on a thread, in the place of a process."""
 
     def __init__(
-        self, control: socket.socket, descriptors: socket.socket, options: "RigOptions"
+        self,
+        control: socket.socket,
+        descriptors: socket.socket,
+        options: "RigOptions",
+        faults: Faults | None,
     ) -> None:
         self._control = control.dup()
         self._descriptors = descriptors.dup()
         self._options = options
+        self._faults = faults
         self.failure: BaseException | None = None
         self.instance = self.epoch = -1
         self._killed = threading.Event()
@@ -158,7 +166,8 @@ class ThreadWorker:
             self._control.shutdown(socket.SHUT_RDWR)
 
     def _run(self) -> None:
-        link = Link(self._control)
+        faults = self._faults
+        link = Link(self._control) if faults is None else FaultyLink(self._control, faults)
         link.start()
         try:
             configure = link.inbox.get()
@@ -184,6 +193,8 @@ class ThreadWorker:
         memory = WorkerMemory(
             config, SHAPE, instance=configure.instance, epoch=configure.epoch, inbox=link.inbox
         )
+        if self._faults is not None:
+            wrap(memory, self._faults)
         engine = Engine(
             config,
             link,
@@ -202,13 +213,38 @@ class ThreadWorker:
             map_peer=lambda message: memory.map_peer(message, self._descriptors),
             copy_within=memory.copy_within,
             samples=memory.samples,
+            store=memory.store,
         )
         memory.send_descriptors(self._descriptors)
         link.send(Ready(memory.descriptors, "float32", "oracle"))
         try:
             engine.run()
+            assert wrong_blocks(memory) == []
         finally:
             memory.close()
+
+
+def wrong_blocks(memory: WorkerMemory) -> list[int]:
+    """Blocks that the index names and that don't hold what their tokens wrote."""
+    return [
+        block
+        for _, packed, block in memory.pool._index
+        if not holds(memory, block, fingerprints(array("i", packed))[-BLOCK_SIZE:])
+    ]
+
+
+def holds(memory: WorkerMemory, block: int, wanted: Sequence[int]) -> bool:
+    """Whether a block holds the KV of tokens with these fingerprints; int8 is not looked at."""
+    arena = memory.hbm if memory.pool.tier_of(block) is Tier.HBM else memory.dram
+    assert arena is not None
+    if arena.layout.encoding != "plain":
+        return True
+    cells = arena.tensor[memory.pool.place(block)].numpy()  # [num_layers, 2, block_size, 1, 5]
+    values = np.array(wanted, np.int64)
+    return all(
+        (cells[layer, :, :, 0] == digits(values + layer)).all()
+        for layer in range(SHAPE.num_layers)
+    )
 
 
 def held(memory: WorkerMemory, start: Callable[P, None], seconds: float) -> Callable[P, None]:
@@ -252,6 +288,9 @@ class RigOptions:
     """Called by every worker, on its own thread, before it computes a layer."""
     before_step: Callable[[Sequence[Slice]], None] | None = None
     """Called by every worker, on its own thread, before it computes; raising `Killed` ends it."""
+    faults: Mapping[int, Faults] = dataclasses.field(default_factory=dict)
+    """What goes wrong in the first lives of these instances."""
+    cache_dir: str = ""
     worker_timeout: float = 10.0
     max_num_queued_reqs: int = 10_000
     max_num_queued_tokens: int = 1 << 20
@@ -274,6 +313,8 @@ async def rig(
         kv_cache_bytes=options.num_blocks * SHAPE.block_bytes,
         dram_cache_bytes=options.num_dram_blocks * SHAPE.encoded(options.dram_encoding).block_bytes,
         dram_cache_encoding=options.dram_encoding,
+        cache_dir=options.cache_dir,
+        cache_dir_bytes=1 << 30,
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
         handover_timeout=options.handover_timeout,
@@ -286,7 +327,8 @@ async def rig(
     async def spawn(
         control: socket.socket, descriptors: socket.socket, _plan: InstancePlan
     ) -> WorkerProcess:
-        workers.append(ThreadWorker(control, descriptors, options))
+        faults = options.faults.get(len(workers))
+        workers.append(ThreadWorker(control, descriptors, options, faults))
         return workers[-1]
 
     plans = [InstancePlan(role=role, cores=[0], engine=engine) for role in options.roles]
@@ -305,6 +347,8 @@ async def rig(
             yield cluster
             await assert_all_home(cluster)
     finally:
+        for faults in options.faults.values():
+            faults.disarm()
         for worker in workers:
             if worker.failure is not None:
                 raise worker.failure
