@@ -49,6 +49,8 @@ class Recoveries:
     """Choices that were dispatched again."""
     num_convicted: int = 0
     """Requests that failed since they had killed every worker they were given to."""
+    num_failed_returns: int = 0
+    """Answers whose KV was not brought back to where their prompts were prefilled."""
 
 
 class Generator(Protocol):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
 MEMINFO = Path("/proc/meminfo")
+VMSTAT = Path("/proc/vmstat")
 MEMORY_NODES = Path("/sys/devices/system/node")
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
@@ -68,6 +69,20 @@ def available_memory() -> int:
         reclaimable = int(dict(line.split() for line in lines).get("inactive_file", 0))
         available = min(available, limit - used + reclaimable)
     return available
+
+
+def num_memory_kills() -> int:
+    """Processes that the kernel has killed for want of memory: in this control group, or at all.
+
+    0 where neither tells.
+    """
+    for path in (CONTROL_GROUP / "memory.events", VMSTAT):
+        with suppress(OSError):
+            for line in path.read_text().splitlines():
+                name, _, count = line.partition(" ")
+                if name == "oom_kill":
+                    return int(count)
+    return 0
 
 
 def _meminfo_available() -> int:

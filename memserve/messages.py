@@ -293,6 +293,14 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Fetches that found less than was named."""
     num_handovers: int = 0
     num_declined: int = 0
+    num_withdrawn: int = 0
+    """Prompts that were taken back, and decoded where they were prefilled."""
+    num_given_up_loads: int = 0
+    """Prompts that were computed since the copies that they waited for did not move."""
+    num_late_copies: int = 0
+    """Copies that ended when nobody waited for them any more: ignored."""
+    num_expired_leases: int = 0
+    """Blocks allocated for others and not renewed in time."""
     num_evictions: int = 0
     num_swapped_out_blocks: int = 0
     num_swapped_in_blocks: int = 0

@@ -82,12 +82,14 @@ class Cluster:
         self.scheduler = scheduler
         self._calibration = calibration
         self._knowledge = Knowledge(scheduler)
+        self.recoveries = Recoveries()
         self.returns = Returns(
             self.pool,
             scheduler,
             self.in_background,
             block_size=plans[0].engine.block_size,
             enabled=returns,
+            counts=self.recoveries,
         )
         self._streams = Streams(scheduler, self._members.by_number, self.returns.ended)
         self._requests: dict[str, Request] = {}
@@ -95,7 +97,6 @@ class Cluster:
         self._inspections = Inspections()
         self._calls: Questions[PoolReply] = Questions()
         self._liveness = Liveness(worker_timeout)
-        self.recoveries = Recoveries()
         self.reviver = Reviver(
             self._members, self._serve, self._streams.note_change, self.recoveries
         )
@@ -348,6 +349,7 @@ class Cluster:
                         self._handle(instance, message)
         except Exception:
             logger.exception("a message of worker %s could not be handled", instance.name)
+        await self.recovery.witness(instance)
         self._lose(instance, "has died")
 
     def _hangs(self, instance: Instance) -> None:
@@ -359,6 +361,7 @@ class Cluster:
         if not self._members.is_member(instance):
             return  # it was asked to leave, or is known to be dead
         logger.error("worker %s %s", instance.name, reason)
+        of_itself = instance.died_of_itself()
         self.recoveries.num_deaths += 1
         self._members.lose(instance)
         self._forget(instance)
@@ -367,7 +370,7 @@ class Cluster:
             if instance.leaving
             else self.reviver.revive(instance, reason)
         )
-        self.recovery.lost(instance, self._streams.lose(instance))
+        self.recovery.lost(instance, self._streams.lose(instance), of_itself=of_itself)
 
     def _handle(self, instance: Instance, message: ToLauncher) -> None:
         match message:

@@ -12,8 +12,10 @@ from typing import Protocol
 import msgspec
 
 from memserve.channel import Channel, receive_descriptor, send_descriptor
+from memserve.cluster.causes import died_of_itself
 from memserve.config import EngineConfig
 from memserve.errors import ChannelClosed, UsageError
+from memserve.machine import num_memory_kills
 from memserve.messages import (
     Configure,
     EngineStats,
@@ -40,6 +42,11 @@ class InstancePlan:
 
 class WorkerProcess(Protocol):
     """What the launcher needs of a process; asyncio's subprocesses have it."""
+
+    @property
+    def pid(self) -> int:
+        """Its number."""
+        ...
 
     @property
     def returncode(self) -> int | None:
@@ -96,6 +103,7 @@ class Instance:
         self._channel: Channel[ToLauncher] | None = None
         self._descriptors: socket.socket | None = None
         self._arena_descriptors: list[int] = []
+        self._num_kills_before = num_memory_kills()
 
     @property
     def name(self) -> str:
@@ -172,6 +180,29 @@ class Instance:
             for arena, descriptor in zip(peer.ready.arenas, descriptors, strict=True):
                 send_descriptor(self._descriptors, descriptor)
                 self.send(MapPeer(arena))
+
+    def require_exchange(self, peer: "Instance") -> None:
+        """Raise `UsageError` unless this one and a peer, both ready, can read each other's blocks."""
+        assert self.ready is not None
+        assert peer.ready is not None
+        for own, other in zip(self.ready.arenas, peer.ready.arenas, strict=False):
+            mine, theirs = (msgspec.structs.replace(x.layout, num_blocks=1) for x in (own, other))
+            if mine != theirs:
+                raise UsageError(
+                    f"workers {self.name} and {peer.name} can't share KV blocks: one has {mine}, the "
+                    f"other {theirs}; all must serve the same model with the same flags"
+                )
+
+    async def ended(self, seconds: float) -> None:
+        """Return when the process has ended, or after so long."""
+        assert self.process is not None
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self.process.wait()
+
+    def died_of_itself(self) -> bool:
+        """See `memserve.cluster.causes`; to be asked before it is killed."""
+        return self.process is None or died_of_itself(self.process, self._num_kills_before)
 
     def kill(self) -> None:
         """End the process at once, also one that is stopped."""

@@ -109,6 +109,9 @@ class Membership:
         await instance.start()
         await instance.wait_ready()
         assert instance.ready is not None
+        for peer in self.instances:
+            if peer.ready is not None and peer.number != instance.number:
+                instance.require_exchange(peer)
         logger.info(
             "%s serves: %d tokens of KV cache, %s, %s attention",
             instance.name,

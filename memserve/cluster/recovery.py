@@ -4,8 +4,10 @@ Each of their choices is dispatched again from its prompt and the tokens that ha
 the next one depends on nothing else. While nobody serves they wait.
 
 A request that was there at two deaths may be their cause: it goes on alone, on an instance that is
-given nothing else, one such request at a time. If that instance dies too, the request fails. If it
-gets well beyond where it was, or ends, the request was not the cause.
+given nothing else, one such request at a time. If that instance dies too, of itself, the request
+fails. If somebody else has ended it (`memserve.cluster.causes`), that proves nothing: it is tried
+again, but not for ever, since there are ways to be killed from outside for what one does. If it gets
+well beyond where it was, or ends, the request was not the cause.
 """
 
 import dataclasses
@@ -23,6 +25,10 @@ from memserve.scheduler.scheduler import Scheduler
 logger = logging.getLogger(__name__)
 
 SUSPICIOUS_DEATHS = 2
+MAX_TRIALS = 3
+"""At the last of so many trials that were cut short nobody asks any more by whom."""
+EXIT_S = 1.0
+"""How long a worker whose channel has closed may take to end."""
 HARMLESS_TOKENS = 16
 """So many tokens after its next dispatch a request is beyond what it died of."""
 
@@ -53,12 +59,17 @@ class Recovery:
         """The request that is alone on an instance, or will be when that is idle."""
         self._counts = counts
 
-    def lost(self, instance: Instance, streams: list[Stream]) -> None:
+    async def witness(self, instance: Instance) -> None:
+        """An instance has closed its channel: wait for its end if it matters how that comes."""
+        if self._suspect is not None and self._suspect.alone_on == instance.number:
+            await instance.ended(EXIT_S)
+
+    def lost(self, instance: Instance, streams: list[Stream], *, of_itself: bool) -> None:
         """An instance has died, and nobody works on these any more."""
         if (suspect := self._suspect) is not None and suspect.alone_on == instance.number:
             suspect.alone_on = self._suspect = None
             if streams and all(stream.request is suspect for stream in streams):
-                self._convict(suspect)
+                self._judge(suspect, of_itself=of_itself)
         self._waiting += [stream for stream in streams if not stream.closed]
 
     async def run(self) -> None:
@@ -157,10 +168,22 @@ class Recovery:
             return
         else:
             request.died_with.clear()
+            request.num_disturbed_trials = 0
         request.alone_on = self._suspect = None
         if not instance.leaving:
             self._scheduler.set_leaving(instance.number, leaving=False)
             self._streams.note_change()
+
+    def _judge(self, request: Request, *, of_itself: bool) -> None:
+        """The instance that it had alone has died."""
+        request.num_disturbed_trials += not of_itself
+        if of_itself or request.num_disturbed_trials >= MAX_TRIALS:
+            self._convict(request)
+        else:
+            logger.warning(
+                "request %s: the worker that tried it alone was killed from outside; once more",
+                request.generation.request_id,
+            )
 
     def _convict(self, request: Request) -> None:
         self._counts.num_convicted += 1

@@ -14,7 +14,8 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from memserve.cluster.streams import Stream
-from memserve.errors import ChannelClosed, PoolError
+from memserve.errors import ChannelClosed, PoolError, StaleReference
+from memserve.generation import Recoveries
 from memserve.pool.refs import Kind
 from memserve.pool.remote import RemotePool
 from memserve.scheduler.scheduler import Scheduler
@@ -35,6 +36,7 @@ class Returns:
         *,
         block_size: int,
         enabled: bool,
+        counts: Recoveries,
     ) -> None:
         self._pool = pool
         self._scheduler = scheduler
@@ -43,8 +45,12 @@ class Returns:
         self._enabled = enabled
         self._under_way: Counter[int] = Counter()  # by receiving instance
         self.num_done = 0
-        self.num_failed = 0
+        self._counts = counts
+
+    @property
+    def num_failed(self) -> int:
         """Refused, or not begun since too many were under way."""
+        return self._counts.num_failed_returns
 
     @property
     def num_under_way(self) -> int:
@@ -59,7 +65,7 @@ class Returns:
             return
         receiver = stream.prefill.number
         if self._under_way[receiver] >= MAX_UNDER_WAY:
-            self.num_failed += 1
+            self._counts.num_failed_returns += 1
             return
         self._under_way[receiver] += 1
         self._in_background(self._return(stream))
@@ -70,7 +76,7 @@ class Returns:
                 await self._pool.settled(stream.owner.number)
             await self._pull(stream)
         except (PoolError, ChannelClosed) as error:
-            self.num_failed += 1
+            self._counts.num_failed_returns += 1
             logger.debug("ticket %d: its answer's KV did not come back: %s", stream.ticket, error)
         finally:
             self._under_way[stream.prefill.number] -= 1
@@ -83,5 +89,7 @@ class Returns:
         if len(refs) <= len(self._scheduler.locate(receiver, tokens, salt)):
             return
         tokens = tokens[: len(refs) * self._block_size]
-        await self._pool.transfer_with_insert(receiver, tokens, refs, kind=Kind.MIXED, salt=salt)
+        pull = self._pool.transfer_with_insert(receiver, tokens, refs, kind=Kind.MIXED, salt=salt)
+        if len(cached := await pull) < len(refs):
+            raise StaleReference(f"only {len(cached)} of {len(refs)} blocks could be read")
         self.num_done += 1

@@ -31,6 +31,8 @@ class Request:
     streams: list["Stream"] = field(default_factory=list)
     died_with: list[int] = field(default_factory=list)
     """Instances that have died with it, since it last was alone on one and did no harm."""
+    num_disturbed_trials: int = 0
+    """Of those, the ones that died by somebody else's hand while it was alone on them."""
     alone_on: int | None = None
     """The instance that works on nothing else, to see whether this request kills it."""
 
@@ -214,10 +216,14 @@ class Streams:
     def withdrawn(self, ticket: int) -> None:
         """The prefill instance needed its blocks back."""
         stream = self._streams.get(ticket)
-        if stream is not None and stream.owner is not stream.decode:
-            stream.holders.discard(stream.decode.number)
-            stream.decode.send(Abort(ticket))
-            self._decode_where_prefilled(stream)
+        if stream is None or stream.decode is stream.prefill:
+            return
+        if stream.owner is stream.decode:  # it may have waited in vain for our word
+            stream.prefill.send(Settle(ticket, accepted=True))
+            return
+        stream.holders.discard(stream.decode.number)
+        stream.decode.send(Abort(ticket))
+        self._decode_where_prefilled(stream)
 
     def rejected(self, ticket: int, reason: str) -> None:
         """The instance can't run it."""

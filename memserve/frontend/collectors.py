@@ -191,6 +191,7 @@ class RecoveryCollector(Collector):
             ("worker_restarts", "Workers started again.", counted.num_restarts),
             ("replayed_choices", "Choices dispatched again.", counted.num_replayed),
             ("convicted_requests", "Requests that kill workers.", counted.num_convicted),
+            ("failed_returns", "Answers whose KV did not come back.", counted.num_failed_returns),
         ):
             counter = CounterMetricFamily(PREFIX + name, text, labels=("model_name", "engine"))
             counter.add_metric(self._labels, count)
@@ -238,6 +239,10 @@ COUNTERS: tuple[Series, ...] = (
     ("failed_fetches", "Fetches that found less than named.", lambda s: s.num_failed_fetches),
     ("handovers", "Requests taken over from another instance.", lambda s: s.num_handovers),
     ("declined_handovers", "Requests not taken over.", lambda s: s.num_declined),
+    ("withdrawn_handovers", "Prompts taken back to decode them here.", lambda s: s.num_withdrawn),
+    ("given_up_loads", "Prompts computed as copies hung.", lambda s: s.num_given_up_loads),
+    ("late_copies", "Copies that ended when nobody waited.", lambda s: s.num_late_copies),
+    ("expired_leases", "Blocks leased and not renewed.", lambda s: s.num_expired_leases),
     ("swapped_out_blocks", "Blocks moved from HBM to DRAM.", lambda s: s.num_swapped_out_blocks),
     ("swapped_in_blocks", "Blocks moved from DRAM to HBM.", lambda s: s.num_swapped_in_blocks),
     ("swapped_bytes", "Bytes moved between the tiers.", lambda s: s.num_swapped_bytes),

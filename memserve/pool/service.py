@@ -91,6 +91,9 @@ class PoolService:
         self._waiting: deque[tuple[int, Pull]] = deque()
         self._copies: dict[int, _Copy] = {}
         self.num_expired = 0
+        self.num_failed_pulls = 0
+        self.num_late = 0
+        """Copies that ended when their caller had gone, or their destination was given up."""
         self.num_pulled_blocks = 0
         self.num_returned_blocks = 0
         """Of those, copied to be cached here rather than leased."""
@@ -216,8 +219,10 @@ class PoolService:
         self._pool.end_io(copy.new)
         num_good = (*verified, False).index(False)
         self.num_pulled_blocks += num_good
+        self.num_failed_pulls += num_good < len(copy.new)
         try:
             if copy.cancelled:
+                self.num_late += 1
                 return _cancelled()
             reply = self._keep(copy, copy.known + copy.new[:num_good], num_good, now)
         finally:
@@ -242,6 +247,7 @@ class PoolService:
             self._pool.retain(blocks)
             return Blocks(self._lease(blocks, request.call, deadline))
         if len(self._leased(request.destination)) < len(blocks):
+            self.num_late += 1
             raise StaleReference("a destination was freed while it was written")
         for block in blocks:
             self._leases[block].deadline = deadline

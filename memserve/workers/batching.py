@@ -21,6 +21,7 @@ import numpy as np
 from memserve.errors import OutOfBlocks
 from memserve.pool.mempool import MemPool
 from memserve.pool.pending import Match, Swap
+from memserve.pool.refs import Tier
 from memserve.workers.claims import Claims
 from memserve.workers.fetching import Fetch, FileRead, Loads
 from memserve.workers.sequence import Sequence, Slice
@@ -63,6 +64,7 @@ class Batcher:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_preemptions = 0
+        self.num_given_up_loads = 0
 
     @property
     def loading(self) -> list[Sequence]:
@@ -111,6 +113,15 @@ class Batcher:
     def fetched(self, copy: Fetch | FileRead, num_good: int) -> None:
         """A copy has ended, its first `num_good` blocks verified: likewise."""
         self._loaded(self._loads.fetched(copy, num_good))
+
+    def expire(self, now: float) -> None:
+        """Compute what waits for copies that don't move."""
+        for ticket in self._loads.tend(now):
+            sequence = self._unload(ticket)
+            assert sequence is not None
+            sequence.may_load = False
+            self.num_given_up_loads += 1
+            self.add(sequence)
 
     def _loaded(self, sequence: Sequence | None) -> None:
         if sequence is not None:
@@ -193,7 +204,9 @@ class Batcher:
         it be preempted as soon as those grow.
         """
         reusable = sequence.tokens[: -1 if sequence.reuse else 0]
-        with self._pool.match(reusable, sequence.cache_salt) as match:
+        may_load = sequence.may_load and not self._loads.copies_hang
+        deepest = Tier.DRAM if may_load else Tier.HBM
+        with self._pool.match(reusable, sequence.cache_salt, deepest=deepest) as match:
             if any(self._pool.is_in_flight(block) for block in match.blocks[match.num_hbm :]):
                 return Admission.POSTPONED
             needed = -(-len(sequence.tokens) // self._pool.block_size) - match.num_hbm
@@ -214,7 +227,7 @@ class Batcher:
         in_dram = blocks[match.num_hbm :]
         sequence.blocks.extend(blocks[: match.num_hbm] + room)
         sequence.num_computed = match.num_hbm * self._pool.block_size
-        if not self._loads.begin(sequence, in_dram):
+        if not sequence.may_load or not self._loads.begin(sequence, in_dram):
             self._count_cached(sequence)
             self.run(sequence)
             return Admission.RUNS

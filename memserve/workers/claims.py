@@ -38,7 +38,7 @@ class Claims:
             try:
                 return self._pool.alloc_mem(num_blocks)
             except OutOfBlocks:
-                if self._pool.num_free + self._pool.num_leaving >= num_blocks:
+                if self._pool.num_free + self._swapper.num_coming >= num_blocks:
                     return None
                 youngest = max(self._give_up_by_ticket, default=above)
                 if youngest <= above:

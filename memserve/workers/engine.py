@@ -66,6 +66,7 @@ from memserve.workers.link import (
 from memserve.workers.pulse import HEARTBEAT_S, Pulse
 from memserve.workers.samples import Samples, step_sample
 from memserve.workers.sequence import Sequence, Slice
+from memserve.workers.stalling import STALL_S
 from memserve.workers.storing import DiskStore
 from memserve.workers.swapping import StartSwap, Swapper
 
@@ -102,6 +103,7 @@ class Engine:
         copy_within: CopyBlocks,
         samples: Samples,
         store: DiskStore | None = None,
+        stall_s: float = STALL_S,
     ) -> None:
         self._config = config
         self._link = link
@@ -114,12 +116,12 @@ class Engine:
         self._store = store
         self._eos_token_ids = frozenset(config.eos_token_ids)
         self._map_peer = map_peer
-        self._swapper = Swapper(pool, start_swap)
+        self._swapper = Swapper(pool, start_swap, patience=stall_s)
         self._service = PoolService(
             pool, lambda number, reply: self._send(PoolAnswer(number, reply)), start_pull
         )
         claims = Claims(pool, self._swapper)
-        self._loads = Loads(pool, self._swapper, start_fetch, store)
+        self._loads = Loads(pool, self._swapper, start_fetch, store, patience=stall_s)
         self._batcher = Batcher(
             pool,
             claims,
@@ -167,6 +169,7 @@ class Engine:
         self._departures.expire(now)
         self._arrivals.expire(now)
         self._service.expire(now)
+        self._batcher.expire(now)
         self._arrivals.reserve()
         self._swapper.tend()
         slices = self._batcher.schedule()
@@ -211,7 +214,8 @@ class Engine:
 
     def _patience(self) -> float:
         """Seconds that an idle engine may sleep before a deadline or a heartbeat wants it."""
-        return 0.05 if self._departures or self._arrivals or self._service else HEARTBEAT_S
+        waits = (self._departures, self._arrivals, self._service, self._loads)
+        return 0.05 if any(len(each) > 0 for each in waits) else HEARTBEAT_S
 
     def _handle(self, event: Event) -> None:
         match event:
@@ -377,12 +381,16 @@ class Engine:
             num_pulled_blocks=num_pulled,
             num_pulled_bytes=num_pulled * block_bytes,
             num_returned_blocks=self._service.num_returned_blocks,
-            num_failed_pulls=self._arrivals.num_failed_pulls,
+            num_failed_pulls=self._arrivals.num_failed_pulls + self._service.num_failed_pulls,
             num_fetched_blocks=self._loads.num_fetched_blocks,
             num_fetched_bytes=self._loads.num_fetched_blocks * block_bytes,
             num_failed_fetches=self._loads.num_failed_fetches,
             num_handovers=self._arrivals.num_handovers,
             num_declined=self._arrivals.num_declined,
+            num_withdrawn=self._departures.num_withdrawn,
+            num_given_up_loads=self._batcher.num_given_up_loads,
+            num_late_copies=self._arrivals.num_late + self._loads.num_late + self._service.num_late,
+            num_expired_leases=self._service.num_expired,
             num_evictions=pool.evictions,
             num_swapped_out_blocks=pool.swapped_out,
             num_swapped_in_blocks=pool.swapped_in,

@@ -4,7 +4,8 @@ A sequence is admitted with room for all of its prompt. What of that lies elsewh
 room in the background, from all its sources at once: first what the own DRAM has, then what other
 instances were said to have, then what is found in files. When the last copy has ended, the sequence
 goes on from the end of the longest gapless prefix. What could not be had (a reference whose content
-has passed, a peer that has gone, a torn file) is computed: a miss, never an error.
+has passed, a peer that has gone, a torn file) is computed: a miss, never an error. So is all that
+waits for a thread that hangs (`memserve.workers.stalling`).
 
 Contract: the destination of a copy is marked in flight from its start to its end, whatever becomes of
 the sequence, which may give up its room at any moment: then nobody hears of the copy. Knows blocks
@@ -18,8 +19,9 @@ from typing import Protocol
 from memserve.pool.disk import Content
 from memserve.pool.mempool import MemPool
 from memserve.pool.pending import Swap
-from memserve.pool.refs import BlockRef
+from memserve.pool.refs import BlockRef, Tier
 from memserve.workers.sequence import Sequence
+from memserve.workers.stalling import STALL_S, Progress
 from memserve.workers.swapping import Swapper
 
 
@@ -92,16 +94,25 @@ class Loads:
     """The sequences of one instance that wait for bytes, and the copies that bring them."""
 
     def __init__(
-        self, pool: MemPool, swapper: Swapper, start_fetch: StartFetch, files: Files | None
+        self,
+        pool: MemPool,
+        swapper: Swapper,
+        start_fetch: StartFetch,
+        files: Files | None,
+        *,
+        patience: float = STALL_S,
     ) -> None:
         self._pool = pool
         self._swapper = swapper
         self._start_fetch = start_fetch
         self._files = files
+        self._reads = Progress("reads of files", patience=patience)
         self._loads: dict[int, Load] = {}  # by ticket
         self._load_by_copy: dict[Copy, Load] = {}
         self.num_fetched_blocks = 0
         self.num_failed_fetches = 0
+        self.num_late = 0
+        """Copies that ended when nobody waited for them any more."""
 
     def __len__(self) -> int:
         return len(self._loads)
@@ -128,6 +139,7 @@ class Loads:
         if refs:
             fetch = Fetch(refs, list(sequence.blocks[num_own:num_known]))
             self._pool.begin_io(fetch.into)
+            self._swapper.copies.begun(fetch)
             self._start_fetch(fetch)
             load.copies.append(fetch)
         if contents := self._in_files(sequence, own, num_known):
@@ -148,27 +160,49 @@ class Loads:
             self._load_by_copy.pop(copy, None)
         return load.sequence
 
+    def tend(self, now: float) -> list[int]:
+        """Look at the clock; the tickets that wait for what does not move."""
+        self._swapper.copies.tend(now)
+        self._reads.tend(now)
+        if not (self._swapper.copies.stalled or self._reads.stalled):
+            return []
+        return [
+            ticket for ticket, load in self._loads.items() if any(map(self._hangs, load.copies))
+        ]
+
     def swapped(self, swap: Swap) -> Sequence | None:
         """A swap was committed; the sequence that needs to wait no longer, if there is one."""
+        self._swapper.copies.ended(swap)
         return self._ended(swap, len(swap.destinations))
 
     def fetched(self, copy: Fetch | FileRead, num_good: int) -> Sequence | None:
         """A copy has ended, its first `num_good` blocks verified; returns as `swapped` does."""
         self._pool.end_io(copy.into)
+        (self._swapper.copies if isinstance(copy, Fetch) else self._reads).ended(copy)
         if isinstance(copy, Fetch):
             self.num_fetched_blocks += num_good
             self.num_failed_fetches += num_good < len(copy.into)
         return self._ended(copy, num_good)
 
+    @property
+    def copies_hang(self) -> bool:
+        """Whether nothing comes out of the own DRAM or from others."""
+        return self._swapper.copies.stalled
+
+    def _hangs(self, copy: Copy) -> bool:
+        thread = self._reads if isinstance(copy, FileRead) else self._swapper.copies
+        return thread.stalled and copy in self._load_by_copy
+
     def _start_read(self, read: FileRead) -> FileRead:
         assert self._files is not None
         self._pool.begin_io(read.into)
+        self._reads.begun(read)
         self._files.start_read(read)
         return read
 
     def _in_files(self, sequence: Sequence, own: list[int], num_known: int) -> list[Content]:
         """What files hold of a sequence from block `num_known` on; `own` are those in the index."""
-        if self._files is None or not sequence.reuse:
+        if self._files is None or not sequence.reuse or self._reads.stalled:
             return []
         size = self._pool.block_size
         above = None
@@ -184,6 +218,7 @@ class Loads:
     def _ended(self, copy: Copy, num_good: int) -> Sequence | None:
         load = self._load_by_copy.pop(copy, None)
         if load is None:
+            self.num_late += not isinstance(copy, Swap) or copy.to is Tier.HBM
             return None
         load.num_good[copy] = num_good
         if not load.ended:
@@ -197,6 +232,8 @@ class Loads:
     def _wanted(self, sequence: Sequence, start: int) -> list[BlockRef]:
         """The references that came with a sequence, from block `start` on."""
         first = sequence.first_fetched_block
+        if self.copies_hang:
+            return []
         if sequence.fetch and start < first:
             # What the own index held when this was planned has gone: nothing continues it.
             self.num_failed_fetches += 1

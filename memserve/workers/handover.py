@@ -56,6 +56,7 @@ class Departures:
         self._timeout = timeout
         self._granularity = granularity
         self._leaving: dict[int, tuple[Sequence, float]] = {}
+        self.num_withdrawn = 0
 
     def __len__(self) -> int:
         return len(self._leaving)
@@ -121,8 +122,7 @@ class Departures:
         for sequence, deadline in list(self._leaving.values()):
             if now >= deadline:
                 logger.warning("ticket %d: its handover was never settled", sequence.ticket)
-                del self._leaving[sequence.ticket]
-                self._send(Withdrawn(sequence.ticket))
+                self._take_back(sequence)
                 self._keep(sequence)
 
     def _publish(
@@ -141,10 +141,14 @@ class Departures:
         sequence.decode_on = None
         self._batcher.run(sequence)
 
+    def _take_back(self, sequence: Sequence) -> None:
+        del self._leaving[sequence.ticket]
+        self.num_withdrawn += 1
+        self._send(Withdrawn(sequence.ticket))
+
     def _withdraw(self, sequence: Sequence) -> None:
         """An older claim needs the blocks: compute the prompt again later, and decode it here."""
-        del self._leaving[sequence.ticket]
-        self._send(Withdrawn(sequence.ticket))
+        self._take_back(sequence)
         self._release(sequence)
         sequence.decode_on = None
         self._batcher.add(sequence)
@@ -200,6 +204,8 @@ class Arrivals:
         self._arrivals: dict[int, Arrival] = {}
         self.num_handovers = 0
         self.num_declined = 0
+        self.num_late = 0
+        """Copies that ended when nobody waited for them any more."""
         self.num_failed_pulls = 0
         self.num_pulled_blocks = 0
         self.num_pulls = 0
@@ -221,6 +227,9 @@ class Arrivals:
         arrival = self._arrivals.get(message.ticket)
         if arrival is None:
             return  # declined or aborted meanwhile
+        if message.first_block > len(arrival.refs):
+            self._decline(arrival, "word of some of its blocks has not come")
+            return
         del arrival.refs[message.first_block :]
         arrival.refs.extend(message.refs)
         del arrival.steps[message.first_block :]
@@ -236,6 +245,7 @@ class Arrivals:
         self._pool.end_io(done.into)
         arrival = self._arrivals.get(done.ticket)
         if arrival is None:
+            self.num_late += 1
             return
         arrival.num_missing -= len(done.indexes)
         if not all(done.verified):

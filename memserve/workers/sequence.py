@@ -32,6 +32,8 @@ class Sequence:
     first_fetched_block: int = 0
     fetch: list[BlockRef] = field(default_factory=list)
     """Blocks from that number on that other instances hold; empty once they were asked for."""
+    may_load: bool = True
+    """Whether it may wait for bytes from elsewhere; not again once it did so in vain."""
     num_computed: int = 0
     blocks: "array[int]" = field(default_factory=lambda: array("i"))
     num_cached_tokens: int = 0

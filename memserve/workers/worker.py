@@ -33,6 +33,9 @@ def run_worker(control: socket.socket, descriptors: socket.socket) -> None:
             serve(first, link, descriptors)
         except UsageError as error:
             link.send(StartFailed(str(error)))
+        except Exception:  # said now: the launcher may kill us as soon as the link is closed
+            logger.exception("this worker has failed")
+            raise
     finally:
         link.close()
 

@@ -124,7 +124,7 @@ class FaultyTierCopy:
         self._inner.copy(sources, destinations, to)
 
 
-class FaultyFiles(BlockFiles):
+class FaultyFiles(BlockFiles):  # type: ignore[misc]  # final for the product
     """Takes the place of other files; what goes wrong, the disk itself does."""
 
     def __init__(self, files: BlockFiles, faults: Faults) -> None:

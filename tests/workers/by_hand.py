@@ -27,7 +27,9 @@ from memserve.workers.engine import Engine
 from memserve.workers.fetching import Fetch
 from memserve.workers.link import Event, Link
 from memserve.workers.memory import WorkerMemory
-from tests.workers.rig import BLOCK_SIZE, SHAPE, OracleRunner, oracle_answer
+from tests.faults.plan import Faults
+from tests.faults.wrapping import wrap
+from tests.workers.rig import BLOCK_SIZE, SHAPE, OracleRunner, oracle_answer, wrong_blocks
 
 MAX_IDLE = 20
 
@@ -56,6 +58,8 @@ class HandEngine:
         cache_dir: str = "",
         cache_dir_bytes: int = 1 << 30,
         model_id: str = "oracle",
+        faults: Faults | None = None,
+        stall_s: float = 10.0,
     ) -> None:
         config = EngineConfig(
             weights="",
@@ -80,6 +84,8 @@ class HandEngine:
         self.memory = WorkerMemory(
             config, SHAPE, instance=instance, epoch=epoch, inbox=self.link.inbox
         )
+        if faults is not None:
+            wrap(self.memory, faults)
         self.pool = self.memory.pool
         self.hold = False
         self.held: list[Fetch] = []
@@ -97,6 +103,7 @@ class HandEngine:
             copy_within=self.memory.copy_within,
             samples=self.memory.samples,
             store=self.memory.store,
+            stall_s=stall_s,
         )
 
     def submit(
@@ -191,6 +198,7 @@ class HandEngine:
         self.step()
         stats = self.engine.stats()
         assert self.engine.audit() == []
+        assert wrong_blocks(self.memory) == []
         assert (stats.num_running, stats.num_waiting, stats.num_incoming) == (0, 0, 0)
         for tier in filter(None, (stats.hbm, stats.dram)):
             assert (tier.active, tier.in_flight) == (0, 0)

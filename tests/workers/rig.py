@@ -9,13 +9,16 @@ must give the same answer.
 
 import asyncio
 import dataclasses
+import os
 import random
+import signal
 import socket
 import threading
 import time
 from array import array
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from functools import cached_property
 from typing import ParamSpec
 
 import numpy as np
@@ -90,9 +93,7 @@ class OracleRunner:
         before_layer: Callable[[int], None] | None = None,
         before_step: Callable[[Sequence[Slice]], None] = lambda _: None,
     ) -> None:
-        self._cells = arena.view(
-            arena.shape[0], SHAPE.num_layers, 2, BLOCK_SIZE, SHAPE.head_dim
-        ).numpy()
+        self._arena = arena
         self._step_seconds = step_seconds
         self._before_layer = before_layer
         self._before_step = before_step
@@ -111,6 +112,12 @@ class OracleRunner:
             Sampled(token=fingerprint % VOCABULARY) for part, fingerprint in last if part.samples
         ]
 
+    @cached_property
+    def _cells(self) -> npt.NDArray[np.float32]:
+        """[num_blocks, num_layers, 2, block_size, 5]: there is one head."""
+        cells: npt.NDArray[np.float32] = self._arena.flatten(3, 4).numpy()
+        return cells
+
     def _compute(self, part: Slice, layer: int) -> int:
         sequence = part.sequence
         if sequence.ticket == calibration.TICKET:
@@ -128,7 +135,15 @@ class OracleRunner:
 
 
 class Killed(BaseException):
-    """The end of a worker that a test has killed."""
+    """The end of a worker that a test has killed, or that has died of what it computed."""
+
+    status = 1
+
+
+class KilledFromOutside(Killed):
+    """SIGKILL from who knows whom."""
+
+    status = -signal.SIGKILL
 
 
 class ThreadWorker:
@@ -139,25 +154,34 @@ class ThreadWorker:
         control: socket.socket,
         descriptors: socket.socket,
         options: "RigOptions",
-        faults: Faults | None,
+        number: int,
     ) -> None:
         self._control = control.dup()
         self._descriptors = descriptors.dup()
         self._options = options
-        self._faults = faults
+        self._faults = options.faults.get(number)
+        self._shape = options.shapes.get(number, SHAPE)
         self.failure: BaseException | None = None
         self.instance = self.epoch = -1
+        self._status = 0
         self._killed = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     @property
+    def pid(self) -> int:
+        return os.getpid()
+
+    @property
     def returncode(self) -> int | None:
-        return None if self._thread.is_alive() else 0
+        """-9 if it was killed from outside, 1 if it has died of an error or of what it computed."""
+        if self._thread.is_alive():
+            return None
+        return self._status
 
     async def wait(self) -> int:
         await asyncio.to_thread(self._thread.join)
-        return 0
+        return self._status
 
     def kill(self) -> None:
         """The nearest thing to SIGKILL: its channel is cut at once, and it ends after its step."""
@@ -174,11 +198,13 @@ class ThreadWorker:
             assert isinstance(configure, Configure)
             self.instance, self.epoch = configure.instance, configure.epoch
             self._serve(configure, link)
-        except Killed:
-            pass
+        except Killed as end:
+            self._status = end.status
         except BaseException as error:  # noqa: BLE001 - shown by the test
-            self.failure = error
+            self.failure, self._status = error, 1
         finally:
+            if self._killed.is_set():
+                self._status = -signal.SIGKILL
             link.close()
             self._descriptors.close()
 
@@ -191,7 +217,11 @@ class ThreadWorker:
     def _serve(self, configure: Configure, link: Link) -> None:
         config = configure.engine
         memory = WorkerMemory(
-            config, SHAPE, instance=configure.instance, epoch=configure.epoch, inbox=link.inbox
+            config,
+            self._shape,
+            instance=configure.instance,
+            epoch=configure.epoch,
+            inbox=link.inbox,
         )
         if self._faults is not None:
             wrap(memory, self._faults)
@@ -214,6 +244,7 @@ class ThreadWorker:
             copy_within=memory.copy_within,
             samples=memory.samples,
             store=memory.store,
+            stall_s=self._options.stall_s,
         )
         memory.send_descriptors(self._descriptors)
         link.send(Ready(memory.descriptors, "float32", "oracle"))
@@ -242,8 +273,7 @@ def holds(memory: WorkerMemory, block: int, wanted: Sequence[int]) -> bool:
     cells = arena.tensor[memory.pool.place(block)].numpy()  # [num_layers, 2, block_size, 1, 5]
     values = np.array(wanted, np.int64)
     return all(
-        (cells[layer, :, :, 0] == digits(values + layer)).all()
-        for layer in range(SHAPE.num_layers)
+        (cells[layer, :, :, 0] == digits(values + layer)).all() for layer in range(SHAPE.num_layers)
     )
 
 
@@ -290,6 +320,11 @@ class RigOptions:
     """Called by every worker, on its own thread, before it computes; raising `Killed` ends it."""
     faults: Mapping[int, Faults] = dataclasses.field(default_factory=dict)
     """What goes wrong in the first lives of these instances."""
+    shapes: Mapping[int, ArenaLayout] = dataclasses.field(default_factory=dict)
+    """Blocks of these instances, where they are not `SHAPE`."""
+    expects_failures: bool = False
+    """Whether workers may die of errors of their own."""
+    stall_s: float = 10.0
     cache_dir: str = ""
     worker_timeout: float = 10.0
     max_num_queued_reqs: int = 10_000
@@ -327,8 +362,7 @@ async def rig(
     async def spawn(
         control: socket.socket, descriptors: socket.socket, _plan: InstancePlan
     ) -> WorkerProcess:
-        faults = options.faults.get(len(workers))
-        workers.append(ThreadWorker(control, descriptors, options, faults))
+        workers.append(ThreadWorker(control, descriptors, options, len(workers)))
         return workers[-1]
 
     plans = [InstancePlan(role=role, cores=[0], engine=engine) for role in options.roles]
@@ -350,7 +384,7 @@ async def rig(
         for faults in options.faults.values():
             faults.disarm()
         for worker in workers:
-            if worker.failure is not None:
+            if worker.failure is not None and not options.expects_failures:
                 raise worker.failure
 
 

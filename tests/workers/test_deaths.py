@@ -20,6 +20,7 @@ from memserve.workers.sequence import Slice
 from tests.workers.rig import (
     Crossing,
     Killed,
+    KilledFromOutside,
     RigOptions,
     answer,
     generation,
@@ -186,6 +187,45 @@ async def test_who_was_there_at_two_deaths_by_chance_is_cleared() -> None:
             await until(lambda before=ticket: stream.ticket != before)  # type: ignore[misc]
         assert await running == [oracle_answer(range(9), 400)]
         assert cluster.recoveries.num_convicted == 0
+
+
+async def test_a_suspect_whose_trial_somebody_else_ends_is_tried_again() -> None:
+    """Kills from outside prove nothing, wherever they strike."""
+    options = RigOptions(roles=TWO_MIXED, num_blocks=256, step_seconds=0.003)
+    async with rig(options) as cluster:
+        running = asyncio.create_task(answer(cluster, generation(0, range(9), 400)))
+        await until(lambda: cluster.num_streams == 1)
+        (request,) = cluster._requests.values()
+        (stream,) = request.streams
+        for number in range(4):
+            alone = number >= 2  # the last two strike while it is tried
+            await until(lambda: bool(stream.holders) and len(stream.answer) > stream.num_kept)
+            assert (request.alone_on is not None) is alone
+            ticket = stream.ticket
+            kill(cluster, stream.prefill.number)
+            await until(lambda before=ticket: stream.ticket != before)  # type: ignore[misc]
+        assert request.num_disturbed_trials == 2
+        assert await running == [oracle_answer(range(9), 400)]
+        assert request.num_disturbed_trials == 0  # it has proved harmless
+        assert cluster.recoveries.num_convicted == 0
+        await all_serve(cluster, 2)
+
+
+async def test_a_request_whose_workers_are_always_killed_from_outside_does_not_go_on_for_ever() -> (
+    None
+):
+    """As if something on the machine kills whoever computes it, and leaves no trace."""
+
+    def outside(slices: Sequence[Slice]) -> None:
+        if any(part.sequence.tokens[0] == POISON for part in slices):
+            raise KilledFromOutside
+
+    async with rig(RigOptions(roles=TWO_MIXED, before_step=outside)) as cluster:
+        with pytest.raises(RequestFailed, match="5 workers have died"):
+            await answer(cluster, generation(0, [POISON, 1, 2], 5))
+        await all_serve(cluster, 2)
+        assert await answer(cluster, generation(1, range(9), 5)) == [oracle_answer(range(9), 5)]
+        assert all(not deaths._times for deaths in cluster.reviver._deaths.values())
 
 
 async def test_a_worker_that_hangs_is_taken_for_dead() -> None:

@@ -1,0 +1,536 @@
+"""Copies that fail, stall, tear or end late (scenarios C1 to C5), over the oracle of `workers.rig`.
+
+The oracle looks at every cell before it is used; leaving the rig recounts the books and compares every
+block of every index with what its tokens wrote. So a partial block in an index fails the test.
+"""
+
+import asyncio
+import dataclasses
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from memserve.cluster.cluster import Cluster
+from memserve.errors import PoolError, RequestFailed, StaleReference, UsageError
+from memserve.messages import EngineStats
+from memserve.pool.refs import ArenaLayout, BlockRef, Kind
+from memserve.pool.remote import PoolReply, PoolRequest, RemotePool, Renew
+from memserve.scheduler.interface import Role
+from tests.faults.plan import Action, Fault, Faults
+from tests.workers.by_hand import HandEngine, engines
+from tests.workers.rig import (
+    BLOCK_SIZE,
+    PLAIN,
+    SHAPE,
+    RigOptions,
+    answer,
+    assert_all_home,
+    generation,
+    oracle_answer,
+    prompts,
+    rig,
+)
+
+PREFILL_DECODE = (Role.PREFILL, Role.DECODE)
+TWO_MIXED = (Role.MIXED, Role.MIXED)
+PREFILL, DECODE = 0, 1
+DOCUMENT = [7, *range(40)]
+RETURNING = dataclasses.replace(PLAIN, context_caching="3")
+
+
+def fails(at: str, error: str = "PoolError") -> Fault:
+    return Fault(at=at, action=Action.FAIL, error=error)
+
+
+def tears(at: str) -> Fault:
+    return Fault(at=at, action=Action.TEAR)
+
+
+def holds(at: str) -> Fault:
+    return Fault(at=at, action=Action.HOLD)
+
+
+def armed(*faults: Fault) -> Faults:
+    made = Faults()
+    for fault in faults:
+        made.arm(fault)
+    return made
+
+
+async def stats_of(cluster: Cluster) -> list[EngineStats]:
+    return [report.inspection.stats for report in await cluster.inspect()]
+
+
+async def ask(cluster: Cluster, number: int, prompt: list[int], num_tokens: int = 8) -> None:
+    """The answer must be that of any undisturbed run."""
+    async with asyncio.timeout(30):
+        got = await answer(cluster, generation(number, prompt, num_tokens))
+    assert got == [oracle_answer(prompt, num_tokens)]
+
+
+async def assert_well(cluster: Cluster) -> None:
+    """All is back, all serve, and the next request is right."""
+    await assert_all_home(cluster)
+    async with asyncio.timeout(20):
+        while cluster.down():
+            await asyncio.sleep(0.01)
+    assert cluster.problems() == []
+    await ask(cluster, 999, [3, *range(25)])
+    await assert_all_home(cluster)
+
+
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(20):
+        while not await condition():
+            await asyncio.sleep(0.005)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "fault"),
+    [
+        ("chunk", fails("handover", "PoolError")),
+        ("chunk", fails("handover", "StaleReference")),
+        ("chunk", tears("handover")),
+        ("request", tears("handover")),
+        ("layer", fails("layer", "PoolError")),
+        ("layer", fails("layer", "StaleReference")),
+        ("layer", tears("layer")),
+    ],
+    ids=lambda value: f"{value.action}-{value.error}" if isinstance(value, Fault) else value,
+)
+async def test_c1_a_handover_whose_copy_fails_is_decoded_where_it_was_prefilled(
+    granularity: str, fault: Fault
+) -> None:
+    options = RigOptions(
+        roles=PREFILL_DECODE,
+        transfer_granularity=granularity,
+        handover_timeout=1000,  # nothing waits for a timer
+        faults={DECODE: armed(fault)},
+    )
+    async with rig(options) as cluster:
+        await ask(cluster, 0, DOCUMENT)
+        prefill, decode = await stats_of(cluster)
+        assert (decode.num_failed_pulls, decode.num_declined, decode.num_handovers) == (1, 1, 0)
+        assert prefill.num_decode_tokens == 7
+        await assert_well(cluster)
+        assert (await stats_of(cluster))[DECODE].num_handovers == 1
+
+
+@pytest.mark.parametrize(("granularity", "place"), [("chunk", "handover"), ("layer", "layer")])
+async def test_c1_c2_a_handover_that_hangs_is_taken_back_and_its_late_end_ignored(
+    granularity: str, place: str
+) -> None:
+    faults = armed(holds(place))
+    options = RigOptions(
+        roles=PREFILL_DECODE, transfer_granularity=granularity, faults={DECODE: faults}
+    )
+    async with rig(options) as cluster:
+        await ask(cluster, 0, DOCUMENT)
+        prefill, decode = await stats_of(cluster)
+        assert prefill.num_withdrawn == 1
+        assert decode.num_late_copies == 0
+        assert decode.hbm is not None
+        assert decode.hbm.in_flight > 0
+        faults.release()
+
+        async def ended() -> bool:
+            return (await stats_of(cluster))[DECODE].num_late_copies >= 1
+
+        await until(ended)
+        assert (await stats_of(cluster))[DECODE].num_handovers == 0
+        await assert_well(cluster)
+
+
+async def test_c2_word_of_a_handover_that_comes_after_its_prompt_was_taken_back_is_ignored() -> (
+    None
+):
+    faults = armed(holds("from Pulled"))
+    async with rig(RigOptions(roles=PREFILL_DECODE, faults={DECODE: faults})) as cluster:
+        await ask(cluster, 0, DOCUMENT)
+        faults.release()
+        assert (await stats_of(cluster))[PREFILL].num_withdrawn == 1
+        await assert_well(cluster)
+
+
+@pytest.mark.parametrize("lost", ["Published", "Settle", "Abort"])
+@pytest.mark.parametrize("action", [Action.DROP, Action.TWICE, Action.LATER])
+async def test_c1_words_of_a_handover_that_get_lost_doubled_or_late_cost_no_answer(
+    lost: str, action: Action
+) -> None:
+    faults = {
+        number: armed(Fault(at=f"to {lost}", action=action, times=3))
+        for number in (PREFILL, DECODE)
+    }
+    async with rig(RigOptions(roles=PREFILL_DECODE, faults=faults)) as cluster:
+        for number in range(4):
+            await ask(cluster, number, [number, *range(20)])
+        for one in faults.values():
+            one.disarm()
+        if lost == "Abort":  # what it was to end goes on to its own end
+            return
+        await assert_well(cluster)
+
+
+@pytest.mark.parametrize("place", ["fetch", "handover", "pull", "swap out"])
+async def test_c1_an_error_that_nobody_foresaw_costs_a_life_and_no_answer(place: str) -> None:
+    """Nobody knows what such a copy has written, so its worker starts anew."""
+    options = RigOptions(
+        roles=PREFILL_DECODE,
+        num_blocks=24,
+        num_dram_blocks=24,
+        scheduler=dataclasses.replace(RETURNING, routing_policy="cost", fetch_policy="always"),
+        faults={number: armed(fails(place, "MemoryError")) for number in (PREFILL, DECODE)},
+        expects_failures=True,
+    )
+    async with rig(options) as cluster:
+        for number, prompt in enumerate(prompts(12, longest=40)):
+            await ask(cluster, number, [*prompt, *prompt[:5]])
+            await ask(cluster, 100 + number, [*prompt, *prompt[:5], 1, 2, 3])
+        assert cluster.recoveries.num_deaths > 0 or place == "fetch"
+        await assert_well(cluster)
+
+
+@pytest.mark.parametrize(
+    "fault", [fails("fetch", "PoolError"), fails("fetch", "StaleReference"), tears("fetch")]
+)
+def test_c1_a_fetch_that_fails_is_computed(fault: Fault) -> None:
+    holder, receiver = HandEngine(0), HandEngine(1, faults=armed(fault))
+    with engines(holder, receiver):
+        holder.ask(1, DOCUMENT)
+        num_good = 5 if fault.action is Action.TEAR else 0
+        refs = holder.refs(DOCUMENT)
+        assert receiver.ask(1, DOCUMENT, fetch=refs) == num_good * BLOCK_SIZE
+        stats = receiver.engine.stats()
+        assert (stats.num_failed_fetches, stats.num_fetched_blocks) == (1, num_good)
+        assert receiver.ask(2, [*DOCUMENT, 1], fetch=refs) == 40  # cached by now
+
+
+def test_c1_c2_a_fetch_that_hangs_is_computed_and_its_late_end_ignored() -> None:
+    faults = armed(holds("fetch"))
+    holder, receiver = HandEngine(0), HandEngine(1, faults=faults, stall_s=0.1)
+    with engines(holder, receiver):
+        holder.ask(1, DOCUMENT)
+        refs = holder.refs(DOCUMENT)
+        assert receiver.ask(1, DOCUMENT, fetch=refs) == 0
+        assert receiver.engine.stats().num_given_up_loads == 1
+        other = [9, *DOCUMENT]
+        holder.ask(2, other)
+        assert receiver.ask(2, other, fetch=holder.refs(other)) == 0  # nobody waits again
+        assert receiver.engine.stats().num_given_up_loads == 1
+        faults.release()
+        receiver.drain()
+        receiver.step()
+        assert receiver.engine.stats().num_late_copies == 1
+        another = [11, *DOCUMENT]
+        holder.ask(3, another)
+        assert receiver.ask(3, another, fetch=holder.refs(another)) == 40
+
+
+def swapped_out(engine: HandEngine, prompt: list[int]) -> None:
+    """Compute a prompt, and let DRAM have all of it."""
+    engine.ask(1, prompt)
+    swap = engine.pool.swap_out(len(prompt) // BLOCK_SIZE)
+    assert swap is not None
+    engine.memory.copier.start_swap(swap)
+    engine.drain()
+    engine.step()
+
+
+def test_c1_c2_a_swap_in_that_hangs_is_computed_and_its_late_end_does_no_harm() -> None:
+    faults = armed(holds("swap in"))
+    engine = HandEngine(0, num_dram_blocks=16, faults=faults, stall_s=0.1)
+    with engines(engine):
+        swapped_out(engine, DOCUMENT)
+        assert engine.ask(2, DOCUMENT) == 0
+        stats = engine.engine.stats()
+        assert (stats.num_given_up_loads, stats.num_swapped_in_blocks) == (1, 0)
+        faults.release()
+        engine.drain()
+        engine.step()
+        assert engine.engine.stats().num_late_copies == 1
+        assert engine.ask(3, DOCUMENT) == 40
+
+
+def test_c1_a_swap_out_that_hangs_blocks_nobody() -> None:
+    """What is on its way to DRAM stays where it is; other history is dropped instead."""
+    faults = armed(holds("swap out"))
+    engine = HandEngine(0, num_blocks=40, num_dram_blocks=64, faults=faults, stall_s=0.1)
+    with engines(engine):
+        for ticket in range(1, 12):
+            engine.ask(ticket, [ticket, *range(30)])
+        faults.wait_for("swap out")
+        assert engine.engine.stats().num_evictions > 0
+        faults.release()
+        engine.drain()
+        engine.step()
+        assert engine.ask(99, DOCUMENT) == 0
+
+
+@pytest.mark.parametrize("place", ["swap in", "swap out"])
+def test_c1_a_swap_that_fails_ends_the_worker(place: str) -> None:
+    """Its memory can't be read: that is nothing to go on with."""
+    engine = HandEngine(0, num_dram_blocks=16, faults=armed(fails(place, "MemoryError")))
+
+    def swap() -> None:
+        swapped_out(engine, DOCUMENT)
+        engine.submit(2, DOCUMENT)
+        engine.finish(2)
+
+    try:
+        with pytest.raises(RuntimeError, match="a copy failed"):
+            swap()
+    finally:
+        engine.memory.close()
+
+
+@pytest.mark.parametrize("fault", [fails("file read", "OSError"), tears("file read")])
+def test_c1_a_file_that_can_not_be_read_is_computed(tmp_path: Path, fault: Fault) -> None:
+    writer = HandEngine(0, cache_dir=str(tmp_path))
+    with engines(writer):
+        writer.ask(1, DOCUMENT)
+        assert writer.memory.store is not None
+        writer.memory.store.drain()
+    faults = Faults()
+    faults.arm(Fault(at=fault.at, action=fault.action, error=fault.error, skip=3))
+    reader = HandEngine(1, cache_dir=str(tmp_path), faults=faults)
+    with engines(reader):
+        assert reader.ask(1, DOCUMENT) == 3 * BLOCK_SIZE
+        disk = reader.engine.stats().disk
+        assert disk is not None
+        assert disk.num_read_blocks == 3
+        assert disk.num_bad_files == (fault.action is Action.TEAR)
+
+
+def test_c1_c2_a_disk_that_hangs_is_not_waited_for(tmp_path: Path) -> None:
+    writer = HandEngine(0, cache_dir=str(tmp_path))
+    with engines(writer):
+        writer.ask(1, DOCUMENT)
+    faults = armed(holds("file read"))
+    reader = HandEngine(1, cache_dir=str(tmp_path), faults=faults, stall_s=0.1)
+    with engines(reader):
+        assert reader.ask(1, DOCUMENT) == 0
+        assert reader.engine.stats().num_given_up_loads == 1
+        assert reader.ask(2, [*DOCUMENT, 5]) == 40
+        faults.release()
+        assert reader.memory.store is not None
+        reader.memory.store._reader.submit(lambda: None).result(timeout=10)
+        reader.step()
+        assert reader.engine.stats().num_late_copies == 1
+
+
+@pytest.mark.parametrize(
+    "fault", [fails("file write", "OSError"), tears("file write"), holds("file write")]
+)
+def test_c1_a_file_that_can_not_be_written_costs_hits_at_most(tmp_path: Path, fault: Fault) -> None:
+    faults = armed(fault)
+    writer = HandEngine(0, cache_dir=str(tmp_path), faults=faults)
+    with engines(writer):
+        writer.ask(1, DOCUMENT)
+        faults.wait_for("file write")
+        assert writer.ask(2, [1, *DOCUMENT]) == 0  # nobody waits for the writer
+        faults.release()
+        assert writer.memory.store is not None
+        writer.memory.store.drain()
+        dropped = writer.memory.store.stats().num_dropped_blocks
+        assert (dropped > 0) is (fault.action is Action.FAIL)
+    reader = HandEngine(1, cache_dir=str(tmp_path))
+    with engines(reader):  # what failed once was written with what continues it
+        assert reader.ask(1, DOCUMENT) == (0 if fault.action is Action.TEAR else 40)
+        disk = reader.engine.stats().disk
+        assert disk is not None
+        assert disk.num_bad_files == (fault.action is Action.TEAR)
+
+
+@pytest.mark.parametrize(
+    "fault", [fails("pull", "PoolError"), fails("pull", "StaleReference"), tears("pull")]
+)
+async def test_c1_a_return_that_fails_is_counted_and_the_next_turn_computes(fault: Fault) -> None:
+    options = RigOptions(roles=PREFILL_DECODE, scheduler=RETURNING, faults={PREFILL: armed(fault)})
+    async with rig(options) as cluster:
+        await ask(cluster, 0, DOCUMENT, 20)
+
+        async def ended() -> bool:
+            return cluster.returns.num_under_way == 0
+
+        await until(ended)
+        assert cluster.recoveries.num_failed_returns == 1
+        assert (await stats_of(cluster))[PREFILL].num_failed_pulls == 1
+        await ask(cluster, 1, [*DOCUMENT, *oracle_answer(DOCUMENT, 20), 1, 2])
+        await assert_well(cluster)
+
+
+async def test_c1_a_return_that_hangs_keeps_no_turn_waiting() -> None:
+    faults = armed(holds("pull"))
+    options = RigOptions(
+        roles=PREFILL_DECODE, scheduler=RETURNING, faults={PREFILL: faults}, stall_s=0.2
+    )
+    async with rig(options) as cluster:
+        await ask(cluster, 0, DOCUMENT, 20)
+        await asyncio.to_thread(faults.wait_for, "pull")
+        await ask(cluster, 1, [*DOCUMENT, *oracle_answer(DOCUMENT, 20), 1, 2])
+        faults.release()
+        await assert_well(cluster)
+
+
+@pytest.mark.parametrize(
+    ("fault", "insert"),
+    [
+        (fails("pull", "PoolError"), False),
+        (fails("pull", "StaleReference"), True),
+        (tears("pull"), False),
+        (tears("pull"), True),
+    ],
+)
+async def test_c1_a_pool_call_whose_copy_fails_is_refused_or_brings_less_and_can_be_tried_again(
+    fault: Fault, insert: bool
+) -> None:
+    async with rig(
+        RigOptions(roles=TWO_MIXED, faults={0: armed(fault), 1: armed(fault)})
+    ) as cluster:
+        source, refs = await cached(cluster)
+        if insert:
+            got = await cluster.pool.transfer_with_insert(1 - source, DOCUMENT, refs)
+            assert len(got) == (5 if fault.action is Action.TEAR else 0)
+            assert len(await cluster.pool.transfer_with_insert(1 - source, DOCUMENT, refs)) == 10
+        else:
+            with pytest.raises(StaleReference):
+                await cluster.pool.transfer(1 - source, refs)
+            copies = await cluster.pool.transfer(1 - source, refs)
+            await cluster.pool.free_mem(copies)
+        assert (await stats_of(cluster))[1 - source].num_failed_pulls == 1
+        await assert_well(cluster)
+
+
+async def cached(cluster: Cluster) -> tuple[int, list[BlockRef]]:
+    """Where `DOCUMENT` is history now, and references to its blocks."""
+    await ask(cluster, 500, DOCUMENT, 1)
+    for number in range(2):
+        for prefix in await cluster.pool.export(number, 100):
+            if len(prefix.refs) == len(DOCUMENT) // BLOCK_SIZE:
+                return number, prefix.refs
+    raise AssertionError("it is nowhere")
+
+
+async def test_c2_a_copy_whose_destination_was_given_up_meanwhile_is_refused_and_counted() -> None:
+    faults = Faults()
+    async with rig(RigOptions(roles=TWO_MIXED, faults={0: faults, 1: faults})) as cluster:
+        source, refs = await cached(cluster)
+        faults.arm(holds("pull"))
+        room = await cluster.pool.alloc_mem(len(refs), Kind.HBM, 1 - source)
+        late = asyncio.create_task(cluster.pool.transfer(1 - source, refs, room))
+        await asyncio.to_thread(faults.wait_for, "pull")
+        await cluster.pool.free_mem(room)
+        faults.release()
+        with pytest.raises(StaleReference, match="freed while it was written"):
+            await late
+        assert (await stats_of(cluster))[1 - source].num_late_copies == 1
+        with pytest.raises(PoolError):  # what it was written to belongs to nobody
+            await cluster.pool.transfer(1 - source, refs, room)
+        await assert_well(cluster)
+
+
+class Watched:
+    """Carries calls like the cluster does, and counts the heartbeats."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self.num_renewals = 0
+
+    async def call(self, instance: int, request: PoolRequest) -> PoolReply:
+        reply = await self._cluster.call(instance, request)
+        self.num_renewals += isinstance(request, Renew)
+        return reply
+
+    def tell(self, instance: int, request: PoolRequest) -> None:
+        self._cluster.tell(instance, request)
+
+
+async def test_c3_a6_a_receiver_slower_than_its_lease_keeps_it_while_it_is_renewed() -> None:
+    faults = Faults()
+    async with rig(RigOptions(roles=TWO_MIXED, faults={0: faults, 1: faults})) as cluster:
+        source, refs = await cached(cluster)
+        faults.arm(holds("pull"))
+        control = Watched(cluster)
+        pool = RemotePool(control, lease_s=0.6)
+        async with pool.renewing():
+            spare = await pool.alloc_mem(4, Kind.HBM, 1 - source)
+            room = await pool.alloc_mem(len(refs), Kind.HBM, 1 - source)
+            slow = asyncio.create_task(pool.transfer(1 - source, refs, room))
+
+            async def outlived() -> bool:
+                return control.num_renewals >= 6  # two leases long
+
+            await until(outlived)
+            assert not slow.done()
+            faults.release()
+            assert await slow == room
+            assert (await stats_of(cluster))[1 - source].num_expired_leases == 0
+            # What has arrived is right: others read it, and the oracle looks at every cell.
+            back = await pool.transfer_with_insert(source, DOCUMENT, room, salt="another")
+            assert len(back) == 10
+            async with cluster.generate(generation(1, DOCUMENT, 1, salt="another")) as tokens:
+                await anext(tokens)
+
+        async def expired() -> bool:
+            return (await stats_of(cluster))[1 - source].num_expired_leases == 10 + len(spare)
+
+        await until(expired)  # A6: matched, leased, and used no more
+        await assert_well(cluster)
+
+
+async def test_c4_every_block_keeps_its_content_while_all_is_stored_loaded_and_computed(
+    tmp_path: Path,
+) -> None:
+    """Every cell is compared at every step, and every cached block of all tiers at the end."""
+    options = RigOptions(
+        roles=TWO_MIXED,
+        num_blocks=40,
+        num_dram_blocks=40,
+        cache_dir=str(tmp_path),
+        copy_seconds=0.001,
+        handover_timeout=2.0,
+        scheduler=dataclasses.replace(RETURNING, routing_policy="cost", fetch_policy="always"),
+    )
+    async with rig(options) as cluster:
+        documents = prompts(12, longest=40)
+        for round_ in range(6):
+            asked = [[*document, round_, *document[:round_]] for document in documents]
+            answers = await asyncio.gather(
+                *(
+                    answer(cluster, generation(100 * round_ + number, prompt, 12))
+                    for number, prompt in enumerate(asked)
+                )
+            )
+            assert answers == [[oracle_answer(prompt, 12)] for prompt in asked]
+        stats = await stats_of(cluster)
+        assert sum(each.num_swapped_in_blocks for each in stats) > 0
+        assert sum(each.disk.num_written_blocks for each in stats if each.disk) > 0
+        await assert_well(cluster)
+
+
+OTHERS = {
+    "block size": ArenaLayout(1, 3, BLOCK_SIZE * 2, 1, 5, "float32"),
+    "dtype": ArenaLayout(1, 3, BLOCK_SIZE, 1, 5, "bfloat16"),
+    "layers": ArenaLayout(1, 4, BLOCK_SIZE, 1, 5, "float32"),
+    "heads": ArenaLayout(1, 3, BLOCK_SIZE, 2, 5, "float32"),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+async def test_c5_workers_whose_blocks_differ_are_refused_at_start(what: str) -> None:
+    assert not SHAPE.exchanges_with(OTHERS[what])
+    options = RigOptions(roles=PREFILL_DECODE, shapes={DECODE: OTHERS[what]}, num_blocks=512)
+    async with asyncio.timeout(20):
+        with pytest.raises(UsageError, match="can't share KV blocks"):
+            async with rig(options):
+                pass
+
+
+async def test_c5_one_that_joins_with_other_blocks_is_refused_and_the_others_serve_on() -> None:
+    options = RigOptions(roles=TWO_MIXED, shapes={2: OTHERS["layers"]})
+    async with rig(options) as cluster:
+        with pytest.raises(RequestFailed, match="can't share KV blocks"):
+            await cluster.join("mixed")
+        assert len(cluster.instances) == 2
+        await assert_well(cluster)
