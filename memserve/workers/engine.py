@@ -130,13 +130,12 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
         )
-        timeout = config.handover_timeout
         self._departures = Departures(
             pool,
             self._batcher,
             claims,
             self._send,
-            timeout=timeout,
+            timeout=config.handover_timeout,
             granularity=config.transfer_granularity,
         )
         self._arrivals = Arrivals(
@@ -147,7 +146,7 @@ class Engine:
             self._send,
             start_copy,
             max_num_seqs=config.max_num_seqs,
-            timeout=timeout,
+            timeout=config.handover_timeout,
         )
         self._stopping = False
         self._num_steps = self._num_prefill_tokens = self._num_decode_tokens = 0
@@ -214,8 +213,8 @@ class Engine:
 
     def _patience(self) -> float:
         """Seconds that an idle engine may sleep before a deadline or a heartbeat wants it."""
-        waits = (self._departures, self._arrivals, self._service, self._loads)
-        return 0.05 if any(len(each) > 0 for each in waits) else HEARTBEAT_S
+        waits = self._departures or self._arrivals or self._service or self._loads
+        return 0.05 if waits else HEARTBEAT_S
 
     def _handle(self, event: Event) -> None:
         match event:

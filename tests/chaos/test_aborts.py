@@ -12,7 +12,7 @@ from memserve.cluster.cluster import Cluster
 from memserve.errors import OutOfBlocks
 from memserve.pool.refs import Kind, Tier
 from memserve.scheduler.interface import Role
-from tests.chaos.test_transfers import (
+from tests.chaos.accidents import (
     DECODE,
     DOCUMENT,
     PREFILL,

@@ -13,7 +13,7 @@ from memserve.pool.events import Inserted
 from memserve.pool.index import pack_tokens
 from memserve.scheduler.interface import Ask, Role, RoutingPolicy
 from memserve.scheduler.scheduler import Scheduler
-from tests.chaos.test_transfers import ask, assert_well
+from tests.chaos.accidents import ask, assert_well
 from tests.cluster.test_knowledge import assert_all_is_known, talk
 from tests.faults.plan import Action, Fault, Faults
 from tests.scheduler.test_policies import BLOCK, busy, hold, prompt, scheduler, send

@@ -115,7 +115,7 @@ class OracleRunner:
     @cached_property
     def _cells(self) -> npt.NDArray[np.float32]:
         """[num_blocks, num_layers, 2, block_size, 5]: there is one head."""
-        cells: npt.NDArray[np.float32] = self._arena.flatten(3, 4).numpy()
+        cells: npt.NDArray[np.float32] = self._arena.flatten(4, 5).numpy()
         return cells
 
     def _compute(self, part: Slice, layer: int) -> int:
