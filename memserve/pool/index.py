@@ -24,6 +24,9 @@ Tokens = bytes | Sequence[int]
 """Token ids, or what `pack_tokens` made of them."""
 
 TOKEN_BYTES = 4
+PIECE = 1024
+"""Tokens packed by one call."""
+PACK_PIECE = struct.Struct(f"{PIECE}i").pack
 
 V = TypeVar("V")
 
@@ -38,7 +41,14 @@ def pack_tokens(tokens: Tokens) -> bytes:
     if isinstance(tokens, array) and tokens.typecode == "i":
         return tokens.tobytes()
     try:
-        return struct.pack(f"{len(tokens)}i", *tokens)  # twice as fast as array("i", tokens)
+        # Twice as fast as array("i", tokens), as long as the arguments stay few: a tuple of all of
+        # a long prompt is memory new from the system at each call.
+        if len(tokens) <= PIECE:
+            return struct.pack(f"{len(tokens)}i", *tokens)
+        whole = len(tokens) // PIECE * PIECE
+        pieces = [PACK_PIECE(*tokens[i : i + PIECE]) for i in range(0, whole, PIECE)]
+        pieces.append(struct.pack(f"{len(tokens) - whole}i", *tokens[whole:]))
+        return b"".join(pieces)
     except struct.error as error:
         raise OverflowError(f"a token is no int32: {error}") from None
 

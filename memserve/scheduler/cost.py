@@ -2,10 +2,13 @@
 
 A step's seconds are a non-negative linear function of few features of its batch. The first rows of a
 step cost less than later ones (the weights must be read anyway), so rows have a coefficient for each
-stretch between `KNEES`. Prefill and decode share the model: a step may do both. The paper's exec(x, y)
-is the sum over the chunks of a prefill (PAPER §4).
+stretch between `KNEES`; beyond the first, matrix products work on whole tiles, so the rows that fill up
+the last one have a coefficient too. A chunk attends to pairs and reads its context once, however short
+it is. Prefill and decode share the model: a step may do both. The paper's exec(x, y) is the sum over
+the chunks of a prefill (PAPER §4).
 
-Old samples fade. Instances that share a device slow each other down: a step takes
+Old samples fade, steps with prompts and steps without each by themselves: a minute of decoding must
+not wipe out what is known of prefill. Instances that share a device slow each other down: a step takes
 1 + contention * (busy instances - 1) times as long; where they don't share one, the fit finds 0. What
 remains of an instance's own speed is its scale.
 """
@@ -13,6 +16,7 @@ remains of an instance's own speed is its scale.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,27 +29,41 @@ KNEES = (32, 256)
 """Rows of a step where products may go from being bound by memory to being bound by arithmetic: on a
 CPU and on a GPU."""
 
-PRIOR = (0.012, 5e-4, 5e-4, 5e-4, 1e-7, 1e-4, 5e-7)
+MOST_ROWS = 1 << 30
+TILE_ROWS = 32
+"""Rows that matrix products take at a time."""
+
+PRIOR = (0.012, 5e-4, 5e-4, 5e-4, 1e-7, 1e-4, 5e-7, 5e-4, 5e-7)
 """Before any sample: about a small model on one core. The first samples scale it; its proportions are
 what the fit leans to where samples say nothing."""
 
-PRIOR_WEIGHT = 1e-3
+PRIOR_WEIGHT = 3e-4
 FORGET = 0.998
-"""Each sample's weight beside the next one's."""
+"""Each sample's weight beside the next one's of its kind."""
 
-FORGET_RATIO = 0.98
-"""The same for the contention seen in each batch of samples."""
+EVIDENCE = 20.0
+"""Samples that it takes before a slowdown by others is believed in half."""
 
 FORGET_COPY = 0.98
 """The same for each copy: they are few, and a link may become slow."""
 
-SCALE_STEP = 0.05
+SCALE_STEP = 0.01
+"""By how much of the difference a sample moves its instance's scale."""
 MAX_SCALE = 8.0
 
 
 def num_pairs(num_tokens: int, num_before: int) -> int:
     """Pairs (query, key) of `num_tokens` tokens that stand after `num_before` others."""
     return num_tokens * num_before + num_tokens * (num_tokens + 1) // 2
+
+
+N = TypeVar("N", int, Floats)
+
+
+def num_read(num_tokens: N, num_before: N, chunk: int) -> N:
+    """Tokens before each chunk, summed over the chunks of a prefill: KV that is only read."""
+    steps = -(-num_tokens // chunk)
+    return steps * num_before + chunk * (steps * (steps - 1) // 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +77,10 @@ class StepCosts:
     prefill_pair: float
     decode: float
     decode_pair: float
+    padding_row: float = 0.0
+    """For each row that fills up the last tile."""
+    prefill_read: float = 0.0
+    """For each token that stands before a chunk."""
 
     def seconds(self, sample: StepSample) -> float:
         """What a step with this batch should take."""
@@ -70,27 +92,32 @@ class StepCosts:
             self.prefill_pair,
             self.decode,
             self.decode_pair,
+            self.padding_row,
+            self.prefill_read,
         )
         return sum(a * b for a, b in zip(values, features(sample), strict=True))
 
     def rows(self, num_rows: Floats) -> Floats:
         """Seconds of the rows of one step."""
-        low, middle = np.minimum(num_rows, KNEES[0]), np.minimum(num_rows, KNEES[1])
-        return (
-            self.low_row * low
-            + self.middle_row * (middle - low)
-            + self.high_row * (num_rows - middle)
-        )
+        low = self.low_row * KNEES[0]
+        middle = low + self.middle_row * (KNEES[1] - KNEES[0])
+        most = middle + self.high_row * (MOST_ROWS - KNEES[1])
+        seconds = np.interp(num_rows, (0, *KNEES, MOST_ROWS), (0.0, low, middle, most))
+        if self.padding_row:
+            padding = np.ceil(num_rows / TILE_ROWS) * TILE_ROWS - num_rows
+            seconds = seconds + self.padding_row * padding * (num_rows > KNEES[0])
+        return seconds
 
-    def prefill(self, num_tokens: Floats, pairs: Floats, chunk: int) -> tuple[Floats, Floats]:
-        """Seconds and steps to prefill these tokens alone, in chunks of `chunk`."""
+    def prefill(
+        self, num_tokens: Floats, pairs: Floats, read: Floats, chunk: int
+    ) -> tuple[Floats, Floats]:
+        """Seconds and steps to prefill these tokens alone, in chunks of `chunk`; see `num_read`."""
         num_full = num_tokens // chunk
         rest = num_tokens - num_full * chunk
         steps = num_full + (rest > 0)
         full_rows = self.rows(np.array(float(chunk)))
-        seconds = (
-            self.step * steps + full_rows * num_full + self.rows(rest) + self.prefill_pair * pairs
-        )
+        seconds = self.step * steps + full_rows * num_full + self.rows(rest)
+        seconds = seconds + self.prefill_pair * pairs + self.prefill_read * read
         return seconds, steps
 
     def decoding(self, batch: Floats, context: Floats) -> Floats:
@@ -115,6 +142,8 @@ def features(sample: StepSample) -> tuple[float, ...]:
         sample.num_prefill_pairs,
         sample.num_decodes,
         sample.num_decode_pairs,
+        -rows % TILE_ROWS if rows > KNEES[0] else 0,
+        sample.num_prefill_context,
     )
 
 
@@ -158,10 +187,11 @@ class StepModel:
         self.num_samples = 0
         self._scales: dict[int, float] = {}
         # Features are scaled by the prior, so that all are of one size.
-        self._gram = np.eye(len(PRIOR)) * PRIOR_WEIGHT
-        self._moments = np.ones(len(PRIOR)) * PRIOR_WEIGHT
-        self._excess = 0.0
-        self._others = 1e-3
+        # First of steps that only decode, then of those with prompts.
+        self._gram = np.zeros((2, len(PRIOR), len(PRIOR)))
+        self._moments = np.zeros((2, len(PRIOR)))
+        # Sums over samples: 1, other busy instances, their square, ratio, ratio times others.
+        self._slowed = np.zeros(5)
 
     def slowdown(self, num_busy: float) -> float:
         """How much longer steps take while so many instances are busy."""
@@ -187,24 +217,31 @@ class StepModel:
         alone = self.slowdown(num_busy)
         for sample in timed:
             scaled = np.array(features(sample)) * self._prior * alone / sample.seconds
-            self._gram = self._gram * FORGET + np.outer(scaled, scaled)
-            self._moments = self._moments * FORGET + scaled
+            kind = int(sample.num_prefill_tokens > 0)
+            self._gram[kind] = self._gram[kind] * FORGET + np.outer(scaled, scaled)
+            self._moments[kind] = self._moments[kind] * FORGET + scaled
         ridge = np.eye(len(PRIOR)) * PRIOR_WEIGHT
-        fitted = non_negative(self._gram + ridge, self._moments + PRIOR_WEIGHT)
+        fitted = non_negative(self._gram.sum(0) + ridge, self._moments.sum(0) + PRIOR_WEIGHT)
         self.costs = StepCosts(*(float(x) for x in fitted * self._prior))
         ratios = [sample.seconds / max(self.costs.seconds(sample), 1e-9) for sample in timed]
-        self._compare(instance, float(np.median(ratios)), num_busy)
+        self._compare(instance, float(np.median(ratios)), len(ratios), num_busy)
 
-    def _compare(self, instance: int, ratio: float, num_busy: int) -> None:
-        """`ratio`: this instance's seconds by those of an instance that is alone."""
-        others = num_busy - 1
-        if others > 0:
-            self._excess = self._excess * FORGET_RATIO + (ratio - 1.0) * others
-            self._others = self._others * FORGET_RATIO + others * others
-            self.contention = min(1.0, max(0.0, self._excess / self._others))
+    def _compare(self, instance: int, ratio: float, num_samples: int, num_busy: int) -> None:
+        """`ratio`: this instance's seconds by those of an instance that is alone.
+
+        The contention is the slope of ratios over the number of others, relative to the ratio alone:
+        the costs may hold a part of what it makes of them.
+        """
+        before, others = self.scale(instance), max(0, num_busy - 1)
+        seen = np.array([1.0, others, others**2, ratio, ratio * others])
+        self._slowed = self._slowed * FORGET**num_samples + seen * num_samples
+        number, met, squares, slowed, products = (float(x) for x in self._slowed)
+        slope = (products - met * slowed / number) / (squares - met**2 / number + EVIDENCE)
+        alone = max(1e-9, (slowed - slope * met) / number)
+        self.contention = min(1.0, max(0.0, slope / alone))
         own = min(MAX_SCALE, max(1 / MAX_SCALE, ratio / self.slowdown(num_busy)))
-        before = self.scale(instance)
-        self._scales[instance] = before + SCALE_STEP * (own - before)
+        step = 1 - (1 - SCALE_STEP) ** num_samples
+        self._scales[instance] = before + step * (own - before)
 
     def forget(self, instance: int) -> None:
         """The instance has gone."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from memserve.scheduler.cost import CopyModel, StepModel
+from memserve.scheduler.cost import CopyModel, StepModel, num_read
 from memserve.scheduler.interface import Ask, FetchPolicy, Prediction, SchedulerConfig
 from memserve.scheduler.lengths import OutputLengths
 from memserve.scheduler.loads import PRESSURE_SECONDS, Loads
@@ -150,7 +150,9 @@ class LeastDelay:
         batch = rows["num_decoding"]
         sequences = np.maximum(batch + rows["num_incoming"], 1.0)
         context = rows["context"] * batch / sequences
-        queue, queue_steps = costs.prefill(rows["queued_tokens"], rows["queued_pairs"], chunk)
+        queue, queue_steps = costs.prefill(
+            rows["queued_tokens"], rows["queued_pairs"], rows["queued_read"], chunk
+        )
         return _State(
             speed=speed,
             batch=batch,
@@ -168,7 +170,7 @@ class LeastDelay:
         num_tokens = len(question.ask.prompt)
         chunk = max(1, self._config.max_num_batched_tokens)
         cached = question.cached
-        own, num_steps = costs.prefill(*_new(num_tokens, cached), chunk)
+        own, num_steps = costs.prefill(*_new(num_tokens, cached, chunk), chunk)
         own = own * speed + self._swap_in(question, rows["block_bytes"])
         fetched, source = np.zeros(len(rows)), np.full(len(rows), -1)
         if self._config.fetch_policy != "never" and len(rows) > 1:
@@ -176,7 +178,8 @@ class LeastDelay:
             gain = np.maximum(0.0, longest - cached)
             block_size = self._config.block_size
             copying = self._copies.seconds(gain / block_size * rows["block_bytes"])
-            rest, rest_steps = costs.prefill(*_new(num_tokens, np.maximum(cached, longest)), chunk)
+            reached = np.maximum(cached, longest)
+            rest, rest_steps = costs.prefill(*_new(num_tokens, reached, chunk), chunk)
             with_fetch = rest * speed + copying
             fetching = (gain > 0) & wanted(self._config.fetch_policy, with_fetch, own)
             own = np.where(fetching, with_fetch, own)
@@ -307,10 +310,10 @@ def wanted(policy: FetchPolicy, with_fetch: Floats, without: Floats) -> NDArray[
     return with_fetch <= without
 
 
-def _new(num_tokens: int, cached: Floats) -> tuple[Floats, Floats]:
-    """Tokens to compute, and the pairs that they attend to."""
+def _new(num_tokens: int, cached: Floats, chunk: int) -> tuple[Floats, Floats, Floats]:
+    """Tokens to compute, the pairs that they attend to, and what stands before their chunks."""
     new = num_tokens - cached
-    return new, new * cached + new * (new + 1) / 2
+    return new, new * cached + new * (new + 1) / 2, num_read(new, cached, chunk)
 
 
 def _longest_elsewhere(held: Floats) -> tuple[Floats, NDArray[np.int64]]:

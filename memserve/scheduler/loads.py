@@ -26,6 +26,7 @@ ROW = np.dtype(
         ("num_queued", np.float64),  # prompts without their first token
         ("queued_tokens", np.float64),  # tokens of theirs still to compute
         ("queued_pairs", np.float64),  # and what these attend to
+        ("queued_read", np.float64),  # and what stands before their chunks
         ("since", np.float64),  # when the first of them began, as far as known
         ("num_incoming", np.float64),  # sequences that it will decode, still prefilled somewhere
         ("num_decoding", np.float64),
@@ -68,6 +69,7 @@ class Ticket:
     max_tokens: int
     num_new_tokens: int
     num_new_pairs: int
+    num_new_read: int
     expected_end: float
     """Number of tokens at which its answer probably ends."""
     dispatched_at: float
@@ -183,6 +185,7 @@ class Loads:
             row["num_queued"] += 1
             row["queued_tokens"] += ticket.num_new_tokens
             row["queued_pairs"] += ticket.num_new_pairs
+            row["queued_read"] += ticket.num_new_read
             fading = np.exp((row["pressure_at"] - now) / PRESSURE_SECONDS)
             row["pressure"] = row["pressure"] * fading + prefill_seconds / PRESSURE_SECONDS
             seen = prefill_seconds**2 / 2 / PRESSURE_SECONDS
@@ -233,8 +236,8 @@ class Loads:
                 again.dispatched(ticket, 0.0, 0.0)
             else:
                 again._add_decoding(ticket, 1)
-        names = ["num_queued", "queued_tokens", "queued_pairs", "num_incoming", "num_decoding"]
-        names += ["context", "remaining"]
+        names = ["num_queued", "queued_tokens", "queued_pairs", "queued_read", "num_incoming"]
+        names += ["num_decoding", "context", "remaining"]
         return [
             name for name in names if not np.allclose(self.rows[name], again.rows[name], atol=1e-6)
         ]
@@ -247,6 +250,7 @@ class Loads:
             row["num_queued"] -= 1
             row["queued_tokens"] -= ticket.num_new_tokens
             row["queued_pairs"] -= ticket.num_new_pairs
+            row["queued_read"] -= ticket.num_new_read
 
     def _add_decoding(self, ticket: Ticket, sign: int) -> None:
         slot = self.slot_by_instance.get(ticket.decode)

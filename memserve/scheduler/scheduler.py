@@ -12,7 +12,7 @@ import numpy as np
 from memserve.messages import CopySample, IndexEvents, StepSample
 from memserve.pool.index import TOKEN_BYTES, pack_tokens
 from memserve.pool.refs import BlockRef
-from memserve.scheduler.cost import CopyModel, StepModel, num_pairs
+from memserve.scheduler.cost import CopyModel, StepModel, num_pairs, num_read
 from memserve.scheduler.cost_policy import LeastDelay
 from memserve.scheduler.counters import Counters
 from memserve.scheduler.fairness import FairOrder
@@ -151,6 +151,9 @@ class Scheduler:
             max_tokens=ask.max_tokens,
             num_new_tokens=num_new,
             num_new_pairs=num_pairs(num_new, num_prompt - num_new),
+            num_new_read=num_read(
+                num_new, num_prompt - num_new, self._config.max_num_batched_tokens
+            ),
             expected_end=length,
             dispatched_at=now,
         )
@@ -319,4 +322,5 @@ class Scheduler:
         new = np.array([float(num_new)])
         pairs = np.array([float(num_pairs(num_new, num_before))])
         chunk = self._config.max_num_batched_tokens
-        return float(self.steps.costs.prefill(new, pairs, chunk)[0][0])
+        read = np.array([float(num_read(num_new, num_before, chunk))])
+        return float(self.steps.costs.prefill(new, pairs, read, chunk)[0][0])

@@ -17,6 +17,7 @@ import numpy as np
 
 from memserve.messages import CopySample, StepSample
 from memserve.pool.events import IndexEvent
+from memserve.scheduler.cost import num_pairs
 from memserve.sim.batching import Batcher, Slice
 from memserve.sim.cache import BlockCache
 from memserve.sim.clock import Clock
@@ -29,6 +30,7 @@ HEARTBEAT_S = 1.0
 MAX_RUN = 512  # decode steps in one event
 MAX_SHARED_RUN = 4  # the same where others on the device change the steps' time
 MAX_SAMPLES = 64  # steps told with one heartbeat
+CALIBRATED_CONTEXT = 2048
 
 
 class Outlet(Protocol):
@@ -170,12 +172,16 @@ class SimulatedInstance:
     def calibrate(self) -> None:
         """Tell how long a few steps and copies take on an idle instance, as workers do at start."""
         chunk = self._profile.max_num_batched_tokens
-        shapes = [(n, n * (n + 1) // 2, 0, 0) for n in (chunk, chunk // 2, chunk // 4)]
-        shapes += [(chunk, chunk * 2048 + chunk * (chunk + 1) // 2, 0, 0)]
+        shapes = [(n, num_pairs(n, 0), 0, 0) for n in (chunk, chunk // 2, chunk // 4)]
+        shapes += [(chunk, num_pairs(chunk, CALIBRATED_CONTEXT), 0, 0)]
         shapes += [(0, 0, n, n * c) for n in (1, 4, 16) for c in (64, 1024)]
-        shapes += [(chunk // 2, chunk * (chunk // 2 + 1) // 4, 8, 8 * 512)]
+        shapes += [(chunk // 2, num_pairs(chunk // 2, 0), 8, 8 * 512)]
         steps = [
-            StepSample(*shape, self._profile.step_seconds(*shape) * float(self._factor(1)[0]))
+            StepSample(
+                *shape,
+                self._profile.step_seconds(*shape) * float(self._factor(1)[0]),
+                num_prefill_context=CALIBRATED_CONTEXT * (shape[1] > num_pairs(shape[0], 0)),
+            )
             for shape in shapes
         ]
         copies = [
@@ -210,7 +216,8 @@ class SimulatedInstance:
         decode_pairs = sum(s.num_computed + 1 for s, _ in slices if s.num_pending == 1)
         decode_pairs -= sum(s.num_computed + 1 for s, _ in prefills if s.num_pending == 1)
         num_prefill = sum(num for _, num in prefills)
-        pairs = sum(num * s.num_computed + num * (num + 1) // 2 for s, num in prefills)
+        pairs = sum(num_pairs(num, s.num_computed) for s, num in prefills)
+        context = sum(s.num_computed for s, _ in prefills)
         now = self._clock.now
         if prefills:
             seconds = self._profile.step_seconds(num_prefill, pairs, num_decodes, decode_pairs)
@@ -219,7 +226,14 @@ class SimulatedInstance:
             num_steps = self._num_alike(slices)
             times = self._profile.decode_seconds(num_decodes, decode_pairs, num_steps)
             ends = [float(end) for end in now + np.cumsum(times * self._factor(num_steps))]
-        sample = StepSample(num_prefill, pairs, num_decodes, decode_pairs, ends[0] - now)
+        sample = StepSample(
+            num_prefill,
+            pairs,
+            num_decodes,
+            decode_pairs,
+            ends[0] - now,
+            num_prefill_context=context,
+        )
         return _Run(slices, now, ends, sample, prefills=bool(prefills))
 
     def _num_alike(self, slices: list[Slice]) -> int:

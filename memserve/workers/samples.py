@@ -41,13 +41,21 @@ def _drain(kept: "deque[T]") -> list[T]:
 
 def step_sample(slices: Items[Slice], seconds: float) -> StepSample:
     """What a step computed that took so long; to be called before its results are recorded."""
-    num_prefill = prefill_pairs = num_decodes = decode_pairs = 0
+    num_prefill = prefill_pairs = context = num_decodes = decode_pairs = 0
     for part in slices:
         count, known = part.num_tokens, part.sequence.num_computed
         if part.sequence.prefilling:
             num_prefill += count
             prefill_pairs += count * known + count * (count + 1) // 2
+            context += known
         else:
             num_decodes += 1
             decode_pairs += known + 1
-    return StepSample(num_prefill, prefill_pairs, num_decodes, decode_pairs, seconds)
+    return StepSample(
+        num_prefill,
+        prefill_pairs,
+        num_decodes,
+        decode_pairs,
+        seconds,
+        num_prefill_context=context,
+    )

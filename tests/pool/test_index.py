@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from memserve.pool.index import RadixIndex, pack_tokens
+from memserve.pool.index import PIECE, RadixIndex, pack_tokens
 
 BLOCK = 2
 Key = tuple[str, tuple[int, ...]]
@@ -136,6 +136,14 @@ def test_packed_tokens_are_their_int32_bytes_whatever_they_came_in(tokens: list[
     assert packed == pack_tokens(tuple(tokens)) == pack_tokens(array("i", tokens))
     assert pack_tokens(packed) is packed
     assert array("i", packed).tolist() == tokens
+
+
+@pytest.mark.parametrize("count", [PIECE - 1, PIECE, PIECE + 1, 3 * PIECE, 3 * PIECE + 7])
+def test_long_prompts_are_packed_in_pieces_without_a_seam(count: int) -> None:
+    tokens = [(7919 * i) % 30_000 for i in range(count)]
+    assert array("i", pack_tokens(tokens)).tolist() == tokens
+    with pytest.raises(OverflowError):
+        pack_tokens([*tokens[:-1], -(2**31) - 1])
 
 
 def test_a_token_beyond_int32_is_an_error_and_not_another_token() -> None:

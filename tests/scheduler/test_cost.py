@@ -1,15 +1,23 @@
 """What the cost models make of samples."""
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from memserve.messages import CopySample, StepSample
-from memserve.scheduler.cost import CopyModel, StepCosts, StepModel, non_negative, num_pairs
+from memserve.scheduler.cost import (
+    CopyModel,
+    StepCosts,
+    StepModel,
+    non_negative,
+    num_pairs,
+    num_read,
+)
 from memserve.scheduler.lengths import OutputLengths
 
-TRUE = StepCosts(0.02, 4e-4, 2e-4, 3e-4, 2e-7, 5e-5, 1e-6)
+TRUE = StepCosts(0.02, 4e-4, 2e-4, 3e-4, 2e-7, 5e-5, 1e-6, 2e-4, 3e-6)
 
 
 def sampled(rng: np.random.Generator, slower: float = 1.0) -> StepSample:
@@ -18,8 +26,14 @@ def sampled(rng: np.random.Generator, slower: float = 1.0) -> StepSample:
     decodes = int(rng.integers(0 if new else 1, 24))
     before = int(rng.integers(0, 2000))
     pairs = decodes * int(rng.integers(50, 3000))
-    batch = StepSample(new, num_pairs(new, before), decodes, pairs, 0.0)
-    return StepSample(new, num_pairs(new, before), decodes, pairs, TRUE.seconds(batch) * slower)
+    batch = stepped(new, before, decodes, pairs)
+    return msgspec.structs.replace(batch, seconds=TRUE.seconds(batch) * slower)
+
+
+def stepped(new: int, before: int, decodes: int = 0, pairs: int = 0) -> StepSample:
+    """What a step computes with one chunk of `new` tokens after `before`."""
+    read = before if new else 0
+    return StepSample(new, num_pairs(new, before), decodes, pairs, 0.0, num_prefill_context=read)
 
 
 def test_steps_are_predicted_after_a_hundred_samples() -> None:
@@ -37,6 +51,19 @@ def test_what_changes_is_followed() -> None:
         model.learn(0, [sampled(rng, slower=2.0) for _ in range(50)], num_busy=1)
     step = sampled(rng, slower=2.0)
     assert model.seconds(0, step, num_busy=1) == pytest.approx(step.seconds, rel=0.1)
+
+
+def test_much_decoding_does_not_wipe_out_what_is_known_of_prompts() -> None:
+    rng, model = np.random.default_rng(0), StepModel()
+    steps = [sampled(rng) for _ in range(300)]
+    model.learn(0, steps, num_busy=1)
+    decoding = stepped(0, 0, decodes=4, pairs=2000)
+    alike = [msgspec.structs.replace(decoding, seconds=TRUE.seconds(decoding))] * 50
+    for _ in range(100):
+        model.learn(0, alike, num_busy=1)
+    for step in steps:
+        if step.num_prefill_tokens:
+            assert model.seconds(0, step, num_busy=1) == pytest.approx(step.seconds, rel=0.02)
 
 
 def test_instances_that_slow_each_other_down_are_found_out() -> None:
@@ -58,12 +85,12 @@ def test_instances_apart_have_no_contention() -> None:
 @given(num=st.integers(1, 3000), cached=st.integers(0, 2000), chunk=st.integers(1, 700))
 def test_a_prefill_takes_as_long_as_its_chunks(num: int, cached: int, chunk: int) -> None:
     pairs = np.array([float(num_pairs(num, cached))])
-    seconds, steps = TRUE.prefill(np.array([float(num)]), pairs, chunk)
+    read = np.array([float(num_read(num, cached, chunk))])
+    seconds, steps = TRUE.prefill(np.array([float(num)]), pairs, read, chunk)
     done, total, count = 0, 0.0, 0
     while done < num:
         size = min(chunk, num - done)
-        step = StepSample(size, num_pairs(size, cached + done), 0, 0, 0.0)
-        total += TRUE.seconds(step)
+        total += TRUE.seconds(stepped(size, cached + done))
         done, count = done + size, count + 1
     assert seconds[0] == pytest.approx(total, rel=1e-9)
     assert steps[0] == count
