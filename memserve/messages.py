@@ -333,6 +333,8 @@ class StepSample(msgspec.Struct, frozen=True, array_like=True, omit_defaults=Tru
     """Instances that computed this step together, each its own share; `seconds` has the waits."""
     num_prefill_context: int = 0
     """Sum over the chunks of prompts of the tokens that each attends to and the step only reads."""
+    after_idling: bool = False
+    """Whether the instance had nothing to compute right before."""
 
 
 class CopySample(msgspec.Struct, frozen=True, array_like=True):

@@ -31,7 +31,7 @@ def bench() -> None:
 @click.option(
     "--dataset-name",
     default="random",
-    help="sharegpt, loogle, react, prefix-repetition, random or timed-trace.",
+    help="sharegpt, loogle, react, shared-documents, prefix-repetition, random or timed-trace.",
 )
 @click.option(
     "--dataset-path",
@@ -64,6 +64,9 @@ def bench() -> None:
 @click.option("--prefix-repetition-suffix-len", default=256, help="Tokens after the prefix.")
 @click.option("--prefix-repetition-num-prefixes", default=10, help="Number of prefixes.")
 @click.option("--prefix-repetition-output-len", default=128, help="Answer tokens.")
+@click.option(
+    "--num-shared", default=2, help="shared-documents: sessions that ask about each document."
+)
 @click.option("--trace-speedup", default=1.0, help="timed-trace: how much faster than recorded.")
 @click.option(
     "--ignore-eos/--no-ignore-eos", default=True, help="Force the drawn lengths of answers."

@@ -68,6 +68,7 @@ def _workload(name: str, path: Path | None, values: dict[str, Any]) -> Workload:
             num_prefixes=values["prefix_repetition_num_prefixes"],
             output_len=values["prefix_repetition_output_len"],
         ),
+        num_shared=values["num_shared"],
         speedup=values["trace_speedup"],
     )
 

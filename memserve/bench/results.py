@@ -47,6 +47,12 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     ignore_eos: bool
     scale: float
+    think_time: float = 0.0
+    num_shared: int = 2
+    max_input_len: int | None = None
+    max_output_len: int | None = None
+    max_model_len: int | None = None
+    """Limits that were in force, the server's own among them."""
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):

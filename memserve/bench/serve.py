@@ -80,7 +80,7 @@ async def bench_serve(
         after = await settled_look(http)
     server: ServerFigures | None = between(before, after) if before and after else None
     result = summarize(
-        _setup(options, card.id),
+        _setup(options, workload, card.id),
         record,
         server,
         percentiles=options.percentiles,
@@ -124,8 +124,7 @@ async def _warm_up(client: Client, workload: Workload, times: int) -> None:
             raise UsageError(f"the warm-up request failed: {reply.error}")
 
 
-def _setup(options: ServeOptions, model: str) -> Setup:
-    workload = options.workload
+def _setup(options: ServeOptions, workload: Workload, model: str) -> Setup:
     return Setup(
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         label=options.label,
@@ -140,4 +139,9 @@ def _setup(options: ServeOptions, model: str) -> Setup:
         seed=workload.seed,
         ignore_eos=options.ignore_eos,
         scale=workload.limits.scale,
+        think_time=workload.think_time,
+        num_shared=workload.num_shared,
+        max_input_len=workload.limits.max_input_len,
+        max_output_len=workload.limits.max_output_len,
+        max_model_len=workload.limits.max_model_len,
     )

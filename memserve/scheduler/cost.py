@@ -4,8 +4,8 @@ A step's seconds are a non-negative linear function of few features of its batch
 step cost less than later ones (the weights must be read anyway), so rows have a coefficient for each
 stretch between `KNEES`; beyond the first, matrix products work on whole tiles, so the rows that fill up
 the last one have a coefficient too. A chunk attends to pairs and reads its context once, however short
-it is. Prefill and decode share the model: a step may do both. The paper's exec(x, y) is the sum over
-the chunks of a prefill (PAPER §4).
+it is. The first step after idling finds cold caches. Prefill and decode share the model: a step may do
+both. The paper's exec(x, y) is the sum over the chunks of a prefill (PAPER §4).
 
 Old samples fade, steps with prompts and steps without each by themselves: a minute of decoding must
 not wipe out what is known of prefill. Instances that share a device slow each other down: a step takes
@@ -33,9 +33,12 @@ MOST_ROWS = 1 << 30
 TILE_ROWS = 32
 """Rows that matrix products take at a time."""
 
-PRIOR = (0.012, 5e-4, 5e-4, 5e-4, 1e-7, 1e-4, 5e-7, 5e-4, 5e-7)
+PRIOR = (0.012, 5e-4, 5e-4, 5e-4, 1e-7, 1e-4, 5e-7, 5e-4, 5e-7, 0.0)
 """Before any sample: about a small model on one core. The first samples scale it; its proportions are
 what the fit leans to where samples say nothing."""
+
+UNITS = (*PRIOR[:-1], PRIOR[0])
+"""What features are scaled by, so that all are of one size."""
 
 PRIOR_WEIGHT = 3e-4
 FORGET = 0.998
@@ -81,6 +84,8 @@ class StepCosts:
     """For each row that fills up the last tile."""
     prefill_read: float = 0.0
     """For each token that stands before a chunk."""
+    waking: float = 0.0
+    """After idling."""
 
     def seconds(self, sample: StepSample) -> float:
         """What a step with this batch should take."""
@@ -94,6 +99,7 @@ class StepCosts:
             self.decode_pair,
             self.padding_row,
             self.prefill_read,
+            self.waking,
         )
         return sum(a * b for a, b in zip(values, features(sample), strict=True))
 
@@ -144,6 +150,7 @@ def features(sample: StepSample) -> tuple[float, ...]:
         sample.num_decode_pairs,
         -rows % TILE_ROWS if rows > KNEES[0] else 0,
         sample.num_prefill_context,
+        sample.after_idling,
     )
 
 
@@ -182,12 +189,11 @@ class StepModel:
 
     def __init__(self) -> None:
         self.costs = StepCosts(*PRIOR)
-        self._prior: Floats | None = None
+        self._units: Floats | None = None
         self.contention = 0.0
         self.num_samples = 0
         self._scales: dict[int, float] = {}
-        # Features are scaled by the prior, so that all are of one size.
-        # First of steps that only decode, then of those with prompts.
+        # Features are scaled by their units. First of steps that only decode, then of those with prompts.
         self._gram = np.zeros((2, len(PRIOR), len(PRIOR)))
         self._moments = np.zeros((2, len(PRIOR)))
         # Sums over samples: 1, other busy instances, their square, ratio, ratio times others.
@@ -211,18 +217,19 @@ class StepModel:
         if not timed:
             return
         self.num_samples += len(timed)
-        if self._prior is None:
+        if self._units is None:
             first = [sample.seconds / self.costs.seconds(sample) for sample in timed]
-            self._prior = np.array(PRIOR) * float(np.median(first))
+            self._units = np.array(UNITS) * float(np.median(first))
         alone = self.slowdown(num_busy)
         for sample in timed:
-            scaled = np.array(features(sample)) * self._prior * alone / sample.seconds
+            scaled = np.array(features(sample)) * self._units * alone / sample.seconds
             kind = int(sample.num_prefill_tokens > 0)
             self._gram[kind] = self._gram[kind] * FORGET + np.outer(scaled, scaled)
             self._moments[kind] = self._moments[kind] * FORGET + scaled
         ridge = np.eye(len(PRIOR)) * PRIOR_WEIGHT
-        fitted = non_negative(self._gram.sum(0) + ridge, self._moments.sum(0) + PRIOR_WEIGHT)
-        self.costs = StepCosts(*(float(x) for x in fitted * self._prior))
+        prior = np.array(PRIOR) / UNITS * PRIOR_WEIGHT
+        fitted = non_negative(self._gram.sum(0) + ridge, self._moments.sum(0) + prior)
+        self.costs = StepCosts(*(float(x) for x in fitted * self._units))
         ratios = [sample.seconds / max(self.costs.seconds(sample), 1e-9) for sample in timed]
         self._compare(instance, float(np.median(ratios)), len(ratios), num_busy)
 

@@ -172,6 +172,7 @@ class LeastDelay:
         cached = question.cached
         own, num_steps = costs.prefill(*_new(num_tokens, cached, chunk), chunk)
         own = own * speed + self._swap_in(question, rows["block_bytes"])
+        waking = costs.waking * speed * (rows["num_queued"] + rows["num_decoding"] == 0)
         fetched, source = np.zeros(len(rows)), np.full(len(rows), -1)
         if self._config.fetch_policy != "never" and len(rows) > 1:
             longest, source = _longest_elsewhere(question.held)
@@ -187,6 +188,7 @@ class LeastDelay:
             fetched = np.where(fetching, gain, 0.0)
             source = np.where(fetching, source, -1)
 
+        own = own + waking
         ttft = self._wait(loads, state, question.now) + own + num_steps * state.beside
         # While the prompt is computed, others get their tokens at the pace of its chunks.
         delay = np.maximum(0.0, own + num_steps * (state.beside - state.step))

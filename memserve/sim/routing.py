@@ -5,20 +5,16 @@ Sessions of one document start at random times, not together. Session affinity r
 session, a prompt tree between sessions too.
 """
 
-from collections.abc import Iterator
 from typing import get_args
 
 import msgspec
-import numpy as np
 
 from memserve.scheduler.interface import RoutingPolicy
 from memserve.sim.costs import Profile
-from memserve.sim.dialogues import Dialogue, Request
+from memserve.sim.dialogues import played
 from memserve.sim.experiment import SimulateOptions, play
 from memserve.sim.table import aligned
-from memserve.workloads import Limits, synthetic_tokens
-from memserve.workloads.catalog import VOCAB
-from memserve.workloads.loogle import ANSWER, DOCUMENT, QUESTION, QUESTIONS_PER_DOCUMENT
+from memserve.workloads import Workload, make_sessions
 
 LAYOUT = "3P1D"
 HEADER = "shared|policy|TTFT p99 ms|of round robin|paper|TTFT mean|JCT mean s|hit rate"
@@ -41,39 +37,20 @@ class RoutingRow(msgspec.Struct, frozen=True, kw_only=True):
     paper: float | None
 
 
-def shared_documents(
-    num_documents: int, num_shared: int, *, rate: float, seed: int, limits: Limits
-) -> Iterator[Dialogue]:
-    """`num_shared` sessions about each document, in random order, `rate` starting in a second."""
-    rng = np.random.default_rng((seed, 10))
-    texts = [limits.scaled(DOCUMENT.draw(rng)) for _ in range(num_documents)]
-    order = rng.permutation(num_documents * num_shared)
-    start = 0.0
-    for number in order.tolist():
-        document = number % num_documents
-        text = synthetic_tokens(VOCAB, texts[document], seed, "loogle", document)
-        asked = []
-        for k in range(QUESTIONS_PER_DOCUMENT):
-            question = synthetic_tokens(VOCAB, round(QUESTION.draw(rng)), seed, "q", number, k)
-            answer = synthetic_tokens(VOCAB, limits.output(ANSWER.draw(rng)), seed, "a", number, k)
-            asked.append(Request(text + question, answer))
-        yield Dialogue(f"documents-{number}", start, iter(asked))
-        start += float(rng.exponential(1 / rate))
-
-
 def routing_table(options: SimulateOptions, profile: Profile, *, rate: float) -> list[RoutingRow]:
     """Every policy, documents shared twice and three times; `cost` keeps the layout here."""
-    num_sessions = max(1, options.num_requests // QUESTIONS_PER_DOCUMENT)
     rows = []
     for num_shared, paper in PAPER_P99.items():
         for policy in get_args(RoutingPolicy):
-            asked = shared_documents(
-                max(1, num_sessions // num_shared),
-                num_shared,
+            workload = Workload(
+                name="shared-documents",
+                num_requests=options.num_requests,
+                num_shared=num_shared,
                 rate=rate,
                 seed=options.seed,
                 limits=options.limits,
             )
+            asked = played(make_sessions(workload))
             figures = play(options, profile, LAYOUT, policy, asked, elastic=False)
             rows.append(
                 RoutingRow(

@@ -34,8 +34,14 @@ class RealRun(msgspec.Struct, frozen=True):
     mean_ttft_ms: float
     mean_tpot_ms: float
     mean_e2el_ms: float
+    output_throughput: float
     burstiness: float = 1.0
     scale: float = 1.0
+    think_time: float = 0.0
+    num_shared: int = 2
+    max_input_len: int | None = None
+    max_output_len: int | None = None
+    max_model_len: int | None = None
     max_concurrency: int | None = None
     cache_hit_rate: float | None = None
 
@@ -64,28 +70,40 @@ def read_run(path: Path) -> RealRun:
 def validate(
     real: RealRun, options: SimulateOptions, profile: Profile, layout: str, policy: RoutingPolicy
 ) -> list[Comparison]:
-    """Mean TTFT, TPOT, JCT and the hit rate. Raises `UsageError` if the prompts aren't the same."""
+    """Mean TTFT, TPOT, JCT, throughput and hit rate. Raises `UsageError` if the prompts aren't the same."""
     rate = math.inf if real.request_rate == "inf" else float(real.request_rate)
     workload = Workload(
         name=real.dataset_name,
         num_requests=real.num_prompts,
         rate=rate,
         burstiness=real.burstiness,
+        think_time=real.think_time,
+        num_shared=real.num_shared,
         seed=real.seed,
         path=options.trace,
-        limits=Limits(scale=real.scale, max_model_len=options.limits.max_model_len),
+        limits=Limits(
+            scale=real.scale,
+            max_input_len=real.max_input_len,
+            max_output_len=real.max_output_len,
+            max_model_len=options.limits.max_model_len or real.max_model_len,
+        ),
     )
     asked = played(make_sessions(workload))
     figures = play(options, profile, layout, policy, asked, max_concurrency=real.max_concurrency)
     if abs(figures.num_prompt_tokens / real.total_input_tokens - 1) > SAME_TOKENS:
         raise UsageError(
             f"not the same workload: {real.total_input_tokens} prompt tokens were sent, "
-            f"{figures.num_prompt_tokens} simulated; --max-model-len must be the server's"
+            f"{figures.num_prompt_tokens} simulated; lengths and limits must be the run's"
         )
     found = [
         Comparison(name="mean TTFT, s", real=real.mean_ttft_ms / 1e3, simulated=figures.ttft_mean),
         Comparison(name="mean TPOT, s", real=real.mean_tpot_ms / 1e3, simulated=figures.tpot_mean),
         Comparison(name="mean JCT, s", real=real.mean_e2el_ms / 1e3, simulated=figures.jct_mean),
+        Comparison(
+            name="output tok/s",
+            real=real.output_throughput,
+            simulated=figures.output_tokens_per_s,
+        ),
     ]
     if real.cache_hit_rate is not None:
         hit_rate = figures.hit_rate

@@ -149,6 +149,7 @@ class Engine:
             timeout=config.handover_timeout,
         )
         self._stopping = False
+        self._idled = True
         self._num_steps = self._num_prefill_tokens = self._num_decode_tokens = 0
         self._pulse = Pulse(link.send, self.stats, samples)
 
@@ -174,6 +175,8 @@ class Engine:
         slices = self._batcher.schedule()
         if slices:
             self._run(slices)
+        else:
+            self._idled = True
         self._feed.flush()
         self._pulse.beat()
         return bool(slices)
@@ -182,7 +185,9 @@ class Engine:
         """Compute a step, timed, and record what came out."""
         start = time.perf_counter()
         sampled = self._compute(slices)
-        self._samples.add_step(step_sample(slices, time.perf_counter() - start))
+        seconds = time.perf_counter() - start
+        self._samples.add_step(step_sample(slices, seconds, after_idling=self._idled))
+        self._idled = False
         self._absorb(slices, sampled)
 
     def _compute(self, slices: list[Slice]) -> list[Sampled]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from memserve.errors import UsageError
-from memserve.workloads.loogle import Document, loogle
+from memserve.workloads.loogle import QUESTIONS_PER_DOCUMENT, Document, loogle, shared_documents
 from memserve.workloads.react import react
 from memserve.workloads.sessions import Limits, Session, Turn
 from memserve.workloads.sharegpt import sharegpt
@@ -21,7 +21,15 @@ from memserve.workloads.synthetic import (
 )
 from memserve.workloads.timed_trace import timed_trace
 
-NAMES = ("sharegpt", "loogle", "react", "prefix-repetition", "random", "timed-trace")
+NAMES = (
+    "sharegpt",
+    "loogle",
+    "react",
+    "shared-documents",
+    "prefix-repetition",
+    "random",
+    "timed-trace",
+)
 VOCAB = range(1000, 30_000)
 """Ordinary tokens in the vocabulary of every model of today; special ones stand before or behind."""
 
@@ -47,6 +55,8 @@ class Workload:
     vocab: range = VOCAB
     random: RandomLengths = dataclasses.field(default_factory=RandomLengths)
     prefixes: PrefixLengths = dataclasses.field(default_factory=PrefixLengths)
+    num_shared: int = 2
+    """`shared-documents`: sessions about each document."""
     tick: float = 3.0
     """Resolution of a trace's time stamps in seconds."""
     speedup: float = 1.0
@@ -63,6 +73,7 @@ class Workload:
             ("rate", self.rate),
             ("burstiness", self.burstiness),
             ("speedup", self.speedup),
+            ("number of sessions about a document", self.num_shared),
         ):
             if not value > 0:
                 raise UsageError(f"the {what} must be positive, not {value}")
@@ -115,6 +126,15 @@ def _dialogues(workload: Workload, documents: Sequence[Document] | None) -> Iter
             return loogle(seed, vocab, limits, documents)
         case "react":
             return react(seed, vocab, limits)
+        case "shared-documents":
+            num_sessions = -(-workload.num_requests // QUESTIONS_PER_DOCUMENT)
+            return shared_documents(
+                seed,
+                vocab,
+                limits,
+                num_documents=-(-num_sessions // workload.num_shared),
+                num_shared=workload.num_shared,
+            )
         case "prefix-repetition":
             return prefix_repetition(seed, vocab, limits, workload.prefixes)
         case "random":

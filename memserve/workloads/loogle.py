@@ -3,6 +3,8 @@
 Every question is a session of its own, a prompt of the document and then the question. Questions
 about a few documents at a time come mixed, as from several users. Lengths are the paper's (prompts of
 1759 tokens in the median, 2004 at the 90th percentile; answers of 19 and 41), five a document.
+`shared_documents` is the paper's Fig 15: sessions that each ask all questions about one document, one
+after the other, several sessions about each.
 """
 
 from collections.abc import Iterator, Sequence
@@ -42,6 +44,24 @@ def loogle(
             number += 1
         for index in rng.permutation(len(questions)):
             yield questions[index]
+
+
+def shared_documents(
+    seed: int, vocab: range, limits: Limits, *, num_documents: int, num_shared: int
+) -> Iterator[list[Turn]]:
+    """`num_shared` sessions about each document in random order; every question stands alone."""
+    rng = np.random.default_rng((seed, 10))
+    texts = [limits.scaled(DOCUMENT.draw(rng)) for _ in range(num_documents)]
+    for number in rng.permutation(num_documents * num_shared).tolist():
+        document = number % num_documents
+        text = synthetic_tokens(vocab, texts[document], seed, "loogle", document)
+        turns = []
+        for k in range(QUESTIONS_PER_DOCUMENT):
+            length = limits.scaled(QUESTION.draw(rng))
+            question = synthetic_tokens(vocab, length, seed, "question", number, k)
+            output_length = limits.output(ANSWER.draw(rng))
+            turns.append(Turn(tokens=text + question, output_length=output_length, alone=True))
+        yield turns
 
 
 def _document(

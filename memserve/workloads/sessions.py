@@ -1,6 +1,7 @@
 """A session: a user who asks, waits for the answer, and asks again with everything said so far.
 
-The prompt of turn k is the new tokens of turns 0 … k and the answers to turns 0 … k-1, in order.
+The prompt of turn k is the new tokens of turns 0 … k and the answers to turns 0 … k-1, in order; of a
+turn that stands alone, its own tokens.
 """
 
 import dataclasses
@@ -20,6 +21,8 @@ class Turn:
     """Tokens that the answer is to have; at least one."""
     think_time: float = 0.0
     """Seconds from the previous answer's end (of turn 0: from the session's start) to this turn."""
+    alone: bool = False
+    """Whether its prompt leaves out what was said before."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +38,8 @@ class Session:
     def prompt(self, answers: Sequence[Sequence[int]]) -> list[int]:
         """The whole prompt of the turn that comes after these answers to all earlier turns."""
         tokens: list[int] = []
+        if self.turns[len(answers)].alone:
+            return list(self.turns[len(answers)].tokens)
         for turn, answer in zip(self.turns, answers, strict=False):
             tokens += turn.tokens
             tokens += answer
@@ -101,9 +106,9 @@ class Limits:
         history = 0
         for turn in turns:
             room = self.prompt_room(turn.output_length)
-            length = history + len(turn.tokens)
+            length = len(turn.tokens) + (0 if turn.alone else history)
             if room is not None and length > room:
-                if fitting:
+                if fitting and not turn.alone:
                     break
                 turn = dataclasses.replace(turn, tokens=turn.tokens[:room])  # noqa: PLW2901
             fitting.append(turn)

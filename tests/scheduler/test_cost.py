@@ -53,6 +53,21 @@ def test_what_changes_is_followed() -> None:
     assert model.seconds(0, step, num_busy=1) == pytest.approx(step.seconds, rel=0.1)
 
 
+def test_a_step_after_idling_is_known_to_be_slower() -> None:
+    rng, model = np.random.default_rng(0), StepModel()
+    steps = []
+    for number in range(300):
+        step = sampled(rng)
+        cold = number % 3 == 0
+        seconds = step.seconds + 0.01 * cold
+        steps.append(msgspec.structs.replace(step, seconds=seconds, after_idling=cold))
+    model.learn(0, steps, num_busy=1)
+    assert model.costs.waking == pytest.approx(0.01, rel=0.05)
+    warm = StepModel()
+    warm.learn(0, [msgspec.structs.replace(step, after_idling=False) for step in steps], num_busy=1)
+    assert warm.costs.waking == 0.0  # where nobody idled, nothing is made up
+
+
 def test_much_decoding_does_not_wipe_out_what_is_known_of_prompts() -> None:
     rng, model = np.random.default_rng(0), StepModel()
     steps = [sampled(rng) for _ in range(300)]
