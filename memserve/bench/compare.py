@@ -2,7 +2,7 @@
 
 In every repeat each variant gets each case once, one after the other, in an order that changes with the
 repeat, from an empty cache; all variants get the same sessions in a repeat. A variant is judged by
-the ratio of its mean JCT to the baseline's in the same repeat: what slows the machine for a while slows
+the ratio of its mean JCT, or of what the plan names, to the baseline's in the same repeat: what slows the machine for a while slows
 both. The interval is a bootstrap of the median ratio over repeats. At the end every server of ours
 recounts its blocks: no load may have cost it one.
 """
@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from memserve.bench.plans import Case, Plan
+from memserve.bench.plans import Case, Judged, Plan
 from memserve.bench.results import Result
 from memserve.bench.serve import ServeOptions, bench_serve
 from memserve.errors import UsageError
@@ -66,7 +66,7 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
     runs: list[Figures]
     """One for each repeat."""
     ratio: Ratio
-    """Of mean JCT, to the case's baseline."""
+    """Of what the plan is judged by, to the case's baseline."""
     is_baseline: bool
 
 
@@ -76,6 +76,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     plan: str
     repeats: int
     quick: bool
+    judged_by: Judged
     cells: list[Cell]
     problems: dict[str, list[str]]
     """By variant, what its instances found when they recounted their blocks; peers don't stand here."""
@@ -106,7 +107,14 @@ async def compare(plan: Plan, urls: Mapping[str, str], *, quick: bool, seed: int
     cells = [cell for case in plan.cases for cell in judge(plan, case, runs)]
     recounted = {name: await _recount(urls[name]) for name in names}
     problems = {name: found for name, found in recounted.items() if found is not None}
-    return Report(plan=plan.name, repeats=plan.repeats, quick=quick, cells=cells, problems=problems)
+    return Report(
+        plan=plan.name,
+        repeats=plan.repeats,
+        quick=quick,
+        judged_by=plan.judged_by,
+        cells=cells,
+        problems=problems,
+    )
 
 
 def turned(names: Sequence[str], repeat: int) -> list[str]:
@@ -182,10 +190,17 @@ def figures_of(result: Result) -> Figures:
     )
 
 
+def judged(run: Figures, by: Judged) -> float:
+    """The figure that a plan's ratios are of."""
+    return run.jct_mean if by == "mean JCT" else run.ttft_p99
+
+
 def judge(plan: Plan, case: Case, runs: Mapping[tuple[str, str], Sequence[Figures]]) -> list[Cell]:
     """The cells of one case, in the plan's order."""
     times = {
-        variant.name: np.array([run.jct_mean for run in runs[case.name, variant.name]])
+        variant.name: np.array(
+            [judged(run, plan.judged_by) for run in runs[case.name, variant.name]]
+        )
         for variant in plan.variants
     }
     baseline = plan.baseline

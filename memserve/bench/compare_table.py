@@ -7,10 +7,7 @@ from itertools import groupby
 from memserve.bench.compare import Cell, Figures, Report
 from memserve.bench.table import aligned
 
-HEADER = (
-    "variant|hit %|prefilled|moved MB|TTFT ms|P99|TPOT ms|JCT ms|P99|"
-    "JCT to the baseline|95 % interval"
-)
+HEADER = "variant|hit %|prefilled|moved MB|TTFT ms|P99|TPOT ms|JCT ms|P99"
 
 Read = Callable[[Figures], float | None]
 
@@ -33,7 +30,8 @@ def render(report: Report) -> str:
         lines.append("QUICK: a smoke test; the figures mean nothing")
     for case, cells in groupby(report.cells, key=lambda cell: cell.case):
         rows = [row(cell) for cell in cells]
-        lines += ["", f"**{case}**", "", *aligned(HEADER, rows)]
+        header = f"{HEADER}|{report.judged_by} to the baseline|95 % interval"
+        lines += ["", f"**{case}**", "", *aligned(header, rows)]
     failed = sum(run.failed for cell in report.cells for run in cell.runs)
     if failed:
         lines += ["", f"{failed} requests FAILED: the figures are of the others"]

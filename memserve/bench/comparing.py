@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 from memserve.bench.compare import Report, compare
 from memserve.bench.plans import PLANS, Plan, Variant, quick
+from memserve.bench.small_model import small_model
 from memserve.bench.variants import running
 from memserve.errors import UsageError
+from memserve.paths import cache_dir
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +29,7 @@ def parse_options(arguments: Sequence[str]) -> Options:
     """Read the command line; leaves with status 2 on a mistake, as argparse does."""
     parser = argparse.ArgumentParser(prog="bench_serve", description=__doc__.partition("\n")[0])
     parser.add_argument("plan", choices=PLANS)
-    parser.add_argument("--model", help="as for memserve serve [default: the demo model]")
+    parser.add_argument("--model", help="as for memserve serve [default: the demo model; routing: a small random one]")
     parser.add_argument("--repeats", type=int, metavar="N", help="[default: the plan's]")
     parser.add_argument("--seed", type=int, default=1, help="of the first repeat [default: 1]")
     parser.add_argument(
@@ -86,5 +88,8 @@ def parse_variant(text: str) -> Variant:
 
 def run(options: Options) -> Report:
     """Start the servers, run the plan, stop the servers. Raises `UsageError`."""
-    with running(options.plan.variants, options.model) as urls:
+    model = options.model
+    if model is None and options.plan.small_model:
+        model = str(small_model(cache_dir()))
+    with running(options.plan.variants, model) as urls:
         return asyncio.run(compare(options.plan, urls, quick=options.quick, seed=options.seed))

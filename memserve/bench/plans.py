@@ -1,14 +1,18 @@
 """The comparisons that docs/BENCHMARKS.md shows, as data: which servers, which loads, what to judge by.
 
-All run the demo model on two cores. Lengths are cut so that a load of some ten seconds has enough
+All run on two cores, most of them the demo model. Lengths are cut so that a load of some ten seconds has enough
 requests: the shapes stay, and shared prefixes keep their share of a prompt.
 """
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Literal
 
 from memserve.workloads import Limits, Workload
 from memserve.workloads.synthetic import PrefixLengths
+
+
+Judged = Literal["mean JCT", "P99 TTFT"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +47,10 @@ class Plan:
     """Name of the variant that ratios are to; None: in each case the best of `fixed`."""
     fixed: tuple[str, ...] = ()
     """Variants that may be the baseline."""
+    judged_by: Judged = "mean JCT"
+    """What ratios are of."""
+    small_model: bool = False
+    """Whether the servers have `memserve.bench.small_model`, unless a model is named."""
 
 
 COMMON = ("--kv-cache-memory", "512M", "--max-model-len", "4096", "--log-level", "warning")
@@ -106,6 +114,40 @@ def layouts() -> Plan:
     )
 
 
+def routing() -> Plan:
+    """The paper's Fig 15 in shape: four policies before three prefill workers and one for decode."""
+    policies = ("round-robin", "session", "prompt-tree", "cost")
+    return Plan(
+        name="routing",
+        variants=tuple(
+            Variant(
+                name=policy,
+                flags=(
+                    *("--prefill", "3", "--decode", "1", "--no-elastic-roles"),
+                    *("--kv-cache-memory", "128M", "--routing-policy", policy),
+                ),
+            )
+            for policy in policies
+        ),
+        cases=tuple(
+            Case(
+                name=f"shared by {num_shared}, {rate:g}/s",
+                workload=Workload(
+                    name="shared-documents",
+                    num_requests=150,
+                    num_shared=num_shared,
+                    rate=rate,
+                ),
+            )
+            for num_shared, rate in ((2, 1.5), (2, 3.0), (3, 1.5), (3, 3.0))
+        ),
+        repeats=2,
+        baseline="round-robin",
+        judged_by="P99 TTFT",
+        small_model=True,
+    )
+
+
 def tiers() -> Plan:
     """Documents of four times the KV cache, asked about in turns: what each further tier keeps."""
     # 96 MiB are 4,368 tokens of the demo model; the documents with their answers, 17,408.
@@ -143,7 +185,7 @@ def _case(name: str, limits: Limits, *, rate: float, num_requests: int) -> Case:
     return Case(name=name, workload=workload)
 
 
-PLANS = {"ablation": ablation, "layouts": layouts, "tiers": tiers}
+PLANS = {"ablation": ablation, "layouts": layouts, "routing": routing, "tiers": tiers}
 
 
 def quick(plan: Plan) -> Plan:

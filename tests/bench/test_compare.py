@@ -136,7 +136,14 @@ def test_a_table_shows_medians_and_what_failed() -> None:
     problems: dict[str, list[str]] = {"a": [], "b": ["x: block 7 is lost", "y: so is 8"]}
     cells: list[Cell] = judge(plan, plan.cases[0], runs)
     lines = render(
-        Report(plan="test", repeats=2, quick=True, cells=cells, problems=problems)
+        Report(
+            plan="test",
+            repeats=2,
+            quick=True,
+            judged_by="mean JCT",
+            cells=cells,
+            problems=problems,
+        )
     ).splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert [
@@ -199,8 +206,10 @@ def test_the_plans_hold_together(make: Any) -> None:
             sessions = list(make_sessions(case.workload))
             assert sum(len(session.turns) for session in sessions) == case.workload.num_requests
             longest = max(
-                sum(len(turn.tokens) + turn.output_length for turn in session.turns)
+                len(session.prompt([[0] * turn.output_length for turn in session.turns[:number]]))
+                + turn.output_length
                 for session in sessions
+                for number, turn in enumerate(session.turns)
             )
             assert longest < 4096  # the servers' --max-model-len
 

@@ -25,7 +25,7 @@ from memserve.workloads import (
 )
 from memserve.workloads.synthetic import PrefixLengths, RandomLengths
 
-DRAWN = ("sharegpt", "loogle", "react", "prefix-repetition", "random")
+DRAWN = ("sharegpt", "loogle", "react", "shared-documents", "prefix-repetition", "random")
 VOCAB = range(100, 1000)
 
 
@@ -131,6 +131,19 @@ def test_given_documents_and_questions_are_asked_about() -> None:
 def test_all_agents_begin_with_the_same_examples() -> None:
     firsts = [session.turns[0].tokens for session in sessions_of("react")]
     assert {common(firsts[0], other) for other in firsts[1:]} <= {1940, 1941}
+
+
+def test_documents_are_shared_by_as_many_sessions_as_asked_for() -> None:
+    for num_shared in (2, 3):
+        sessions = sessions_of("shared-documents", 30 * num_shared, num_shared=num_shared)
+        starts = [tuple(session.turns[0].tokens[:500]) for session in sessions]
+        assert {starts.count(start) for start in starts} == {num_shared}
+        for session in sessions:
+            prompts = [session.prompt([[7] * 10] * number) for number in range(5)]
+            texts = {tuple(prompt[:1500]) for prompt in prompts}
+            assert len(texts) == 1
+            assert len({tuple(prompt) for prompt in prompts}) == 5  # five questions
+            assert max(map(len, prompts)) < 2150 + 60 + 1  # nothing said before is in it
 
 
 def test_prefixes_repeat_evenly_with_new_suffixes() -> None:
