@@ -2,9 +2,9 @@
 
 In every repeat each variant gets each case once, one after the other, in an order that changes with the
 repeat, from an empty cache; all variants get the same sessions in a repeat. A variant is judged by
-the ratio of its mean JCT, or of what the plan names, to the baseline's in the same repeat: what slows the machine for a while slows
-both. The interval is a bootstrap of the median ratio over repeats. At the end every server of ours
-recounts its blocks: no load may have cost it one.
+the ratio of its mean JCT (or P99 TTFT, as the plan says) to the baseline's in the same repeat: what
+slows the machine for a while slows both. The interval is a bootstrap of the median ratio over
+repeats. At the end every server of ours recounts its blocks: no load may have cost it one.
 """
 
 import dataclasses

@@ -29,7 +29,10 @@ def parse_options(arguments: Sequence[str]) -> Options:
     """Read the command line; leaves with status 2 on a mistake, as argparse does."""
     parser = argparse.ArgumentParser(prog="bench_serve", description=__doc__.partition("\n")[0])
     parser.add_argument("plan", choices=PLANS)
-    parser.add_argument("--model", help="as for memserve serve [default: the demo model; routing: a small random one]")
+    parser.add_argument(
+        "--model",
+        help="as for memserve serve [default: the demo model; routing: a small random one]",
+    )
     parser.add_argument("--repeats", type=int, metavar="N", help="[default: the plan's]")
     parser.add_argument("--seed", type=int, default=1, help="of the first repeat [default: 1]")
     parser.add_argument(

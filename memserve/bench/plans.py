@@ -1,7 +1,7 @@
 """The comparisons that docs/BENCHMARKS.md shows, as data: which servers, which loads, what to judge by.
 
-All run on two cores, most of them the demo model. Lengths are cut so that a load of some ten seconds has enough
-requests: the shapes stay, and shared prefixes keep their share of a prompt.
+All run on two cores, most with the demo model, whose lengths are cut so that a load of some ten
+seconds has enough requests: the shapes stay, and shared prefixes keep their share of a prompt.
 """
 
 import dataclasses
@@ -10,7 +10,6 @@ from typing import Literal
 
 from memserve.workloads import Limits, Workload
 from memserve.workloads.synthetic import PrefixLengths
-
 
 Judged = Literal["mean JCT", "P99 TTFT"]
 

@@ -75,7 +75,10 @@ def _weights() -> Weights:
         return values / np.float32(num_inputs**0.5)
 
     ones = np.ones(WIDTH, np.float32)
-    found: Weights = {"model.embed_tokens.weight": drawn(VOCAB_SIZE, WIDTH), "model.norm.weight": ones}
+    found: Weights = {
+        "model.embed_tokens.weight": drawn(VOCAB_SIZE, WIDTH),
+        "model.norm.weight": ones,
+    }
     kv_width = NUM_KV_HEADS * HEAD_DIM
     for layer in range(NUM_LAYERS):
         prefix = f"model.layers.{layer}."

@@ -16,7 +16,7 @@ remains of an instance's own speed is its scale.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,9 @@ KNEES = (32, 256)
 """Rows of a step where products may go from being bound by memory to being bound by arithmetic: on a
 CPU and on a GPU."""
 
-MOST_ROWS = 1 << 30
+MOST_ROWS = 4096
+"""Up to which padding is looked at."""
+
 TILE_ROWS = 32
 """Rows that matrix products take at a time."""
 
@@ -60,16 +62,13 @@ def num_pairs(num_tokens: int, num_before: int) -> int:
     return num_tokens * num_before + num_tokens * (num_tokens + 1) // 2
 
 
-N = TypeVar("N", int, Floats)
-
-
-def num_read(num_tokens: N, num_before: N, chunk: int) -> N:
+def num_read(num_tokens: int, num_before: int, chunk: int) -> int:
     """Tokens before each chunk, summed over the chunks of a prefill: KV that is only read."""
     steps = -(-num_tokens // chunk)
     return steps * num_before + chunk * (steps * (steps - 1) // 2)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class StepCosts:
     """Seconds per unit of each feature of a step. Methods take numbers or arrays alike."""
 
@@ -104,24 +103,32 @@ class StepCosts:
         return sum(a * b for a, b in zip(values, features(sample), strict=True))
 
     def rows(self, num_rows: Floats) -> Floats:
-        """Seconds of the rows of one step."""
-        low = self.low_row * KNEES[0]
-        middle = low + self.middle_row * (KNEES[1] - KNEES[0])
-        most = middle + self.high_row * (MOST_ROWS - KNEES[1])
-        seconds = np.interp(num_rows, (0, *KNEES, MOST_ROWS), (0.0, low, middle, most))
-        if self.padding_row:
-            padding = np.ceil(num_rows / TILE_ROWS) * TILE_ROWS - num_rows
-            seconds = seconds + self.padding_row * padding * (num_rows > KNEES[0])
+        """Seconds of the rows of one step; whole numbers of them."""
+        known = self._seconds_by_rows[np.minimum(num_rows, MOST_ROWS).astype(np.intp)]
+        seconds: Floats = known + self.high_row * np.maximum(num_rows - MOST_ROWS, 0.0)
+        return seconds
+
+    @cached_property
+    def _seconds_by_rows(self) -> Floats:
+        """Of 0 to `MOST_ROWS` rows; a decision asks for them many times."""
+        rows = np.arange(MOST_ROWS + 1.0)
+        low, middle = np.minimum(rows, KNEES[0]), np.minimum(rows, KNEES[1])
+        seconds: Floats = (
+            self.low_row * low
+            + self.middle_row * (middle - low)
+            + self.high_row * (rows - middle)
+            + self.padding_row * np.where(rows > KNEES[0], -rows % TILE_ROWS, 0.0)
+        )
         return seconds
 
     def prefill(
         self, num_tokens: Floats, pairs: Floats, read: Floats, chunk: int
     ) -> tuple[Floats, Floats]:
         """Seconds and steps to prefill these tokens alone, in chunks of `chunk`; see `num_read`."""
-        num_full = num_tokens // chunk
+        num_full = np.floor(num_tokens / chunk)
         rest = num_tokens - num_full * chunk
         steps = num_full + (rest > 0)
-        full_rows = self.rows(np.array(float(chunk)))
+        full_rows = float(self.rows(np.array(float(chunk))))
         seconds = self.step * steps + full_rows * num_full + self.rows(rest)
         seconds = seconds + self.prefill_pair * pairs + self.prefill_read * read
         return seconds, steps
@@ -193,7 +200,7 @@ class StepModel:
         self.contention = 0.0
         self.num_samples = 0
         self._scales: dict[int, float] = {}
-        # Features are scaled by their units. First of steps that only decode, then of those with prompts.
+        # In units of `UNITS`. First of steps that only decode, then of those with prompts.
         self._gram = np.zeros((2, len(PRIOR), len(PRIOR)))
         self._moments = np.zeros((2, len(PRIOR)))
         # Sums over samples: 1, other busy instances, their square, ratio, ratio times others.

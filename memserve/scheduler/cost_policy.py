@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from memserve.scheduler.cost import CopyModel, StepModel, num_read
+from memserve.scheduler.cost import CopyModel, StepModel
 from memserve.scheduler.interface import Ask, FetchPolicy, Prediction, SchedulerConfig
 from memserve.scheduler.lengths import OutputLengths
 from memserve.scheduler.loads import PRESSURE_SECONDS, Loads
@@ -315,7 +315,9 @@ def wanted(policy: FetchPolicy, with_fetch: Floats, without: Floats) -> NDArray[
 def _new(num_tokens: int, cached: Floats, chunk: int) -> tuple[Floats, Floats, Floats]:
     """Tokens to compute, the pairs that they attend to, and what stands before their chunks."""
     new = num_tokens - cached
-    return new, new * cached + new * (new + 1) / 2, num_read(new, cached, chunk)
+    steps = np.ceil(new / chunk)
+    read = steps * (cached + (steps - 1.0) * (chunk / 2))
+    return new, new * (cached + (new + 1) / 2), read
 
 
 def _longest_elsewhere(held: Floats) -> tuple[Floats, NDArray[np.int64]]:

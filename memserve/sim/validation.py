@@ -70,7 +70,7 @@ def read_run(path: Path) -> RealRun:
 def validate(
     real: RealRun, options: SimulateOptions, profile: Profile, layout: str, policy: RoutingPolicy
 ) -> list[Comparison]:
-    """Mean TTFT, TPOT, JCT, throughput and hit rate. Raises `UsageError` if the prompts aren't the same."""
+    """The means, throughput and hit rate. Raises `UsageError` if the prompts aren't the same."""
     rate = math.inf if real.request_rate == "inf" else float(real.request_rate)
     workload = Workload(
         name=real.dataset_name,

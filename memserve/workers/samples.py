@@ -39,9 +39,7 @@ def _drain(kept: "deque[T]") -> list[T]:
     return [kept.popleft() for _ in range(len(kept))]
 
 
-def step_sample(
-    slices: Items[Slice], seconds: float, *, after_idling: bool = False
-) -> StepSample:
+def step_sample(slices: Items[Slice], seconds: float, *, after_idling: bool = False) -> StepSample:
     """What a step computed that took so long; to be called before its results are recorded."""
     num_prefill = prefill_pairs = context = num_decodes = decode_pairs = 0
     for part in slices:
