@@ -110,6 +110,7 @@ class FakeInstance:
     role: str
     stats: EngineStats = field(default_factory=EngineStats)
     epoch: int = 1
+    pid: int = 1
     leaving: bool = False
 
     @property

@@ -10,25 +10,45 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from memserve import channel
 from memserve.channel import Channel
 from memserve.errors import ChannelClosed
 from memserve.messages import (
+    Abort,
+    Configure,
     Declined,
+    Expect,
     Heartbeat,
     IndexEvents,
+    MapPeer,
     PoolAnswer,
+    PoolCall,
     Published,
+    Settle,
+    Submit,
     Tokens,
     ToLauncher,
+    ToWorker,
 )
 
-KINDS = [Tokens, Published, Declined, IndexEvents, PoolAnswer, Heartbeat]
+DIRECTIONS: list[tuple[Any, list[type[msgspec.Struct]], msgspec.Struct]] = [
+    (
+        ToLauncher,
+        [Tokens, Published, Declined, IndexEvents, PoolAnswer, Heartbeat],
+        Declined(1, "no room"),
+    ),
+    (ToWorker, [Configure, Submit, Expect, Published, Settle, Abort, PoolCall, MapPeer], Abort(1)),
+]
+"""What one side expects, some kinds of it, and a message of it."""
+KINDS = [kind for _, kinds, _ in DIRECTIONS for kind in kinds]
 
 
-async def received(data: bytes, pieces: int = 1) -> tuple[list[Any], bool]:
-    """What a launcher reads of these bytes, and whether it took them for messages to the end."""
+async def received(
+    data: bytes, pieces: int = 1, incoming: Any = ToLauncher
+) -> tuple[list[Any], bool]:
+    """What is read of these bytes, and whether it was taken for messages to the end."""
     ours, theirs = socket.socketpair()
-    channel: Channel[Any] = await Channel.open(ours, ToLauncher)
+    reading: Channel[Any] = await Channel.open(ours, incoming)
     step = max(len(data) // pieces, 1)
     found: list[Any] = []
     with theirs:
@@ -42,14 +62,14 @@ async def received(data: bytes, pieces: int = 1) -> tuple[list[Any], bool]:
 
         sending = asyncio.create_task(send())
         try:
-            async for batch in channel.batches():
+            async for batch in reading.batches():
                 found += batch
         except ChannelClosed:
             return found, False
         finally:
             sending.cancel()
             await asyncio.gather(sending, return_exceptions=True)
-            await channel.close()
+            await reading.close()
     return found, True
 
 
@@ -70,17 +90,21 @@ named = st.builds(
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(data=st.binary(max_size=400), pieces=st.integers(1, 5))
-def test_any_bytes_are_messages_or_the_end(data: bytes, pieces: int) -> None:
-    asyncio.run(received(data, pieces))
+@given(
+    data=st.binary(max_size=400),
+    pieces=st.integers(1, 5),
+    incoming=st.sampled_from([ToLauncher, ToWorker]),
+)
+def test_any_bytes_are_messages_or_the_end(data: bytes, pieces: int, incoming: Any) -> None:
+    asyncio.run(received(data, pieces, incoming))
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(item=json_like | named)
-def test_any_values_are_messages_or_the_end(item: Any) -> None:
-    good = Declined(1, "no room")
+@given(item=json_like | named, direction=st.sampled_from(DIRECTIONS))
+def test_any_values_are_messages_or_the_end(item: Any, direction: Any) -> None:
+    incoming, _, good = direction
     framed = msgpack.packb(msgspec.to_builtins(good))
-    found, to_the_end = asyncio.run(received(framed + msgpack.packb(item)))
+    found, to_the_end = asyncio.run(received(framed + msgpack.packb(item), 1, incoming))
     assert found[:1] == [good] or not to_the_end
     assert all(isinstance(message, msgspec.Struct) for message in found)
 
@@ -104,6 +128,7 @@ def test_messages_arrive_whole_in_order_however_they_are_cut(
         asyncio.run(received(bytes(data), pieces))
 
 
+@pytest.mark.parametrize("incoming", [ToLauncher, ToWorker])
 @pytest.mark.parametrize(
     "data",
     [
@@ -119,5 +144,29 @@ def test_messages_arrive_whole_in_order_however_they_are_cut(
         msgpack.packb({"type": "Tokens", "events": [[1]]}),
     ],
 )
-async def test_what_is_no_message_closes_the_channel(data: bytes) -> None:
-    assert await received(data) == ([], False)
+async def test_what_is_no_message_closes_the_channel(data: bytes, incoming: Any) -> None:
+    assert await received(data, 1, incoming) == ([], False)
+
+
+async def test_a_frame_without_end_is_refused_before_it_fills_the_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(channel, "MAX_FRAME", 1 << 20)
+    header = b"\xc6" + (1 << 30).to_bytes(4, "big")  # a byte string of a gibibyte
+    assert await received(header + bytes(2 << 20), 8) == ([], False)
+
+
+@settings(max_examples=100, deadline=None)
+@given(numbers=st.lists(st.integers(0, 3), max_size=8), cut=st.integers(0, 200))
+def test_frames_that_come_twice_or_in_another_order_are_still_whole(
+    numbers: list[int], cut: int
+) -> None:
+    """What they mean then is for who reads them; the last one may be cut off."""
+    messages = [Declined(number, "no room") for number in numbers]
+    frames = [msgpack.packb(msgspec.to_builtins(each)) for each in messages]
+    data = b"".join(frames)
+    found, to_the_end = asyncio.run(received(data[: max(0, len(data) - cut)]))
+    assert to_the_end
+    assert found == messages[: len(found)]
+    if not cut:
+        assert len(found) == len(messages)

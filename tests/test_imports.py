@@ -26,6 +26,7 @@ LAYERS = [
     {"server", "cluster"},
     {"launcher", "chat"},
     {"bench"},
+    {"chaos"},
     {"cli"},
     {"__main__"},
 ]
@@ -90,7 +91,7 @@ def test_a_module_imports_only_from_below(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_the_launcher_side_imports_nothing_of_the_workers(path: Path) -> None:
     module = module_name(path)
-    if module.split(".")[0] in WORKER_ONLY | {"native", "bench"}:
+    if module.split(".")[0] in WORKER_ONLY | {"native", "bench", "chaos"}:
         return
     for imported in imported_modules(path) - SHARED - {"pool", "model"}:
         assert imported.split(".")[0] not in WORKER_ONLY, f"{module} imports {imported}"

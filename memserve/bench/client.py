@@ -183,7 +183,7 @@ class Client:
                 if response.status == 200:
                     await _read(response, reply)
                 else:
-                    reply.error = f"{response.status}: {await _reason(response)}"
+                    reply.error = f"{response.status}: {await reason_of(response)}"
         except TimeoutError:
             reply.error = "no answer in time"
         except (aiohttp.ClientError, OSError) as error:
@@ -213,7 +213,7 @@ class Client:
 
 async def _read(response: aiohttp.ClientResponse, reply: Reply) -> None:
     done = False
-    async for data in _events(response):
+    async for data in events(response):
         now = time.perf_counter()
         if data == b"[DONE]":
             done = True
@@ -225,7 +225,7 @@ async def _read(response: aiohttp.ClientResponse, reply: Reply) -> None:
         reply.error = "the answer has no token"
 
 
-async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+async def events(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
     """The data of server-sent events. A line may be long: a first chunk may repeat the prompt."""
     rest = b""
     async for piece in response.content.iter_any():
@@ -235,7 +235,8 @@ async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
                 yield line[5:].strip()
 
 
-async def _reason(response: aiohttp.ClientResponse) -> str:
+async def reason_of(response: aiohttp.ClientResponse) -> str:
+    """What an answer that is no success says."""
     body = await response.read()
     try:
         error = msgspec.json.decode(body, type=Chunk).error

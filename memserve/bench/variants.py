@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from memserve.bench.plans import COMMON, FOLDER, Variant
@@ -35,16 +36,30 @@ def running(variants: Sequence[Variant], model: str | None) -> Iterator[dict[str
             log.info("starting %s: %s", variant.name, " ".join(variant.flags))
             own = Path(folder) / str(number)
             own.mkdir()
-            server = _server(variant, model, own, Path(folder) / f"{number}.log")
-            urls[variant.name] = servers.enter_context(server)
+            flags = [flag.replace(FOLDER, str(own)) for flag in (*COMMON, *variant.flags)]
+            server = started(variant.name, model, flags, Path(folder) / f"{number}.log")
+            urls[variant.name] = servers.enter_context(server).url
         yield urls
 
 
+@dataclass(frozen=True)
+class Started:
+    """A server that serves."""
+
+    url: str
+    process: "subprocess.Popen[bytes]"
+
+
 @contextlib.contextmanager
-def _server(variant: Variant, model: str | None, folder: Path, log_file: Path) -> Iterator[str]:
+def started(
+    name: str, model: str | None, flags: Sequence[str], log_file: Path
+) -> Iterator[Started]:
+    """`memserve serve` until the block is left; `log_file` gets all that it writes.
+
+    Raises `UsageError` with the end of that if it doesn't start.
+    """
     command = [sys.executable, "-m", "memserve", "serve", *([model] if model else [])]
-    command += [*COMMON, "--port", "0"]
-    command += [flag.replace(FOLDER, str(folder)) for flag in variant.flags]
+    command += ["--port", "0", *flags]
     with (
         log_file.open("wb") as errors,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors) as process,
@@ -54,8 +69,8 @@ def _server(variant: Variant, model: str | None, folder: Path, log_file: Path) -
             found = re.search(r"http://\S+", process.stdout.readline().decode())
             if not found:
                 words = log_file.read_text(errors="replace")[-SHOWN_LOG:].strip()
-                raise UsageError(f"the server {variant.name!r} did not start: {words}")
-            yield found.group()
+                raise UsageError(f"the server {name!r} did not start: {words}")
+            yield Started(found.group(), process)
         finally:
             process.terminate()
             try:

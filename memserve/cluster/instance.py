@@ -45,7 +45,7 @@ class WorkerProcess(Protocol):
 
     @property
     def pid(self) -> int:
-        """Its number."""
+        """Process id."""
         ...
 
     @property
@@ -109,6 +109,12 @@ class Instance:
     def name(self) -> str:
         """Name for logs and metrics, such as `prefill-0`."""
         return f"{self.role}-{self.number}"
+
+    @property
+    def pid(self) -> int:
+        """Process id of a worker that was started."""
+        assert self.process is not None
+        return self.process.pid
 
     @property
     def num_blocks(self) -> list[int]:

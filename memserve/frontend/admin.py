@@ -74,6 +74,7 @@ def _shown(instance: InstanceView) -> dict[str, Any]:
         "name": instance.name,
         "role": instance.role,
         "epoch": instance.epoch,
+        "pid": instance.pid,
         "leaving": instance.leaving,
         "num_running": stats.num_running,
         "num_waiting": stats.num_waiting,

@@ -32,6 +32,11 @@ class InstanceView(Protocol):
         ...
 
     @property
+    def pid(self) -> int:
+        """Process id of this life."""
+        ...
+
+    @property
     def epoch(self) -> int:
         """Counts its lives."""
         ...

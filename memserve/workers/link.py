@@ -5,6 +5,7 @@ the launcher, ends of copies (put there by the copy thread), and `Hangup` when t
 """
 
 import asyncio
+import logging
 import queue
 import socket
 import threading
@@ -15,9 +16,12 @@ from typing import TypeAlias
 import msgspec
 
 from memserve.channel import Channel
+from memserve.errors import ChannelClosed
 from memserve.messages import ToWorker
 from memserve.pool.pending import Swap
 from memserve.workers.fetching import Fetch, FileRead
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +114,8 @@ class Link:
         asyncio.set_event_loop(self._loop)
         try:
             self._loop.run_until_complete(self._read())
+        except ChannelClosed as error:
+            logger.error("nothing more is read: %s", error)  # noqa: TRY400 - no fault of this side
         finally:
             self._loop.close()
             self.inbox.put(Hangup())

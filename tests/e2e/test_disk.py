@@ -1,14 +1,20 @@
-"""A real server that finds, after its end, what an earlier one has computed."""
+"""A real server that finds, after its end, what an earlier one has computed (scenario B5)."""
 
 import os
 import signal
 import time
 from pathlib import Path
 
-from tests.e2e.servers import ServerProcess, assert_all_home, serve
+from tests.e2e.servers import (
+    ServerProcess,
+    assert_all_home,
+    serve,
+    shared_memory_files,
+    wait_until_gone,
+)
 from tests.e2e.test_tiers import DOCUMENTS, ask
 
-SETTINGS = ("--port", "0", "--dtype", "float32", "--kv-cache-memory", "64M")
+SETTINGS = ("--port", "0", "--dtype", "float32", "--kv-cache-memory", "64M", "--no-calibration")
 
 
 def wait_for_files(server: ServerProcess, folder: Path, number: int) -> list[Path]:
@@ -26,6 +32,7 @@ def test_known_prompts_hit_after_kill_and_restart_and_a_torn_file_costs_its_part
     folder = tmp_path / "history"
     arguments = (*SETTINGS, "--cache-dir", str(folder))
     whole, torn = DOCUMENTS[:2]
+    shared_before = shared_memory_files()
     with serve(*arguments, log=tmp_path / "first") as server:
         answer, num_prompt_tokens, num_cached = ask(server, whole)
         assert num_cached == 0
@@ -33,7 +40,11 @@ def test_known_prompts_hit_after_kill_and_restart_and_a_torn_file_costs_its_part
         known = {*wait_for_files(server, folder, num_blocks)}
         second_answer = ask(server, torn)[0]
         files = wait_for_files(server, folder, len(known) + num_blocks)
+        workers = server.workers()
         server.stop(signal.SIGKILL)
+        wait_until_gone(workers)
+    assert shared_memory_files() == shared_before
+    assert [path for path in tmp_path.rglob("*") if path.is_socket()] == []
     path = [file for file in files if file not in known][num_blocks // 2]
     os.truncate(path, 1000)
     with serve(*arguments, log=tmp_path / "second") as server:

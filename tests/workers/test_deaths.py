@@ -7,16 +7,16 @@ import asyncio
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 
-from memserve.cluster.cluster import Cluster
 from memserve.cluster.reviving import MAX_DEATHS
 from memserve.errors import Overloaded, RequestFailed
 from memserve.scheduler.interface import Ask, Placement, Role
 from memserve.scheduler.scheduler import Scheduler
 from memserve.workers.sequence import Slice
+from tests.workers.death import all_serve, kill, until
 from tests.workers.rig import (
     Crossing,
     Killed,
@@ -32,22 +32,6 @@ from tests.workers.rig import (
 PREFILL_DECODE = (Role.PREFILL, Role.DECODE)
 TWO_MIXED = (Role.MIXED, Role.MIXED)
 POISON = 49
-
-
-def kill(cluster: Cluster, number: int) -> None:
-    process = cluster._members.by_number[number].process
-    assert process is not None
-    process.kill()
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.002)
-
-
-async def all_serve(cluster: Cluster, number: int) -> None:
-    await until(lambda: len(cluster.scheduler.roles()) == number)
 
 
 @pytest.mark.parametrize("roles", [PREFILL_DECODE, TWO_MIXED, (Role.MIXED,)])

@@ -1,0 +1,257 @@
+"""One run: rehearse, perform while workers die, wait for rest, look at what is left."""
+
+import asyncio
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import aiohttp
+import msgspec
+
+from memserve.bench.scrape import look
+from memserve.bench.variants import Started
+from memserve.chaos.asking import Answer, Asked, ask
+from memserve.chaos.disturbing import Blow, Disturber, Worker
+from memserve.chaos.performing import Performance, User
+from memserve.chaos.plays import KINDS, Play, Program, rehearse
+from memserve.chaos.watching import Growth, Holding, Life, growth_of, growths, holding_of
+from memserve.errors import UsageError
+
+REST_TIMEOUT_S = 120.0
+REQUEST_TIMEOUT_S = 300.0
+POLL_S = 0.2
+COUNTERS = ("worker_deaths", "worker_restarts", "replayed_choices", "convicted_requests")
+REPLAYED = re.compile(r"request (\S+)-\d+, choice (\d+): goes on at token")
+TOLERATED_PAGES = 16.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """What a run is like."""
+
+    program: Program
+    seconds: float
+    num_users: int
+    every: float
+    """Mean seconds between blows."""
+    sample_every: float
+    worker_timeout: float
+
+
+@dataclass(kw_only=True)
+class Findings:
+    """What a run has brought; judged by whoever called it."""
+
+    performance: Performance = field(default_factory=Performance)
+    blows: dict[Blow, int] = field(default_factory=dict)
+    counters: dict[str, float] = field(default_factory=dict)
+    pages_leaked: int = 0
+    num_audits: int = 0
+    problems: list[str] = field(default_factory=list)
+    holdings: list[tuple[Holding, list[Holding]]] = field(default_factory=list)
+    """Of launcher and workers, at the start and at the end."""
+    growths: list[Growth] = field(default_factory=list)
+
+
+class _Tier(msgspec.Struct):
+    active: int = 0
+    in_flight: int = 0
+
+
+class _Stats(msgspec.Struct):
+    num_running: int = 0
+    num_waiting: int = 0
+    num_incoming: int = 0
+    hbm: _Tier | None = None
+    dram: _Tier | None = None
+
+    @property
+    def num_pages(self) -> int:
+        """Held by requests and copies."""
+        return sum(tier.active + tier.in_flight for tier in (self.hbm, self.dram) if tier)
+
+    @property
+    def at_rest(self) -> bool:
+        return not (self.num_running or self.num_waiting or self.num_incoming or self.num_pages)
+
+
+class _Instance(msgspec.Struct):
+    """Of /admin/instances."""
+
+    number: int
+    epoch: int
+    pid: int
+    hbm: _Tier | None = None
+    dram: _Tier | None = None
+
+
+class _Instances(msgspec.Struct):
+    instances: list[_Instance]
+
+
+class _Book(msgspec.Struct):
+    """Of /admin/pool."""
+
+    name: str
+    stats: _Stats
+    problems: list[str]
+
+
+class _Books(msgspec.Struct):
+    instances: list[_Book]
+
+
+class Run:
+    """One run on a server that was started for it."""
+
+    def __init__(
+        self, server: Started, conditions: Conditions, http: aiohttp.ClientSession
+    ) -> None:
+        self.findings = Findings()
+        self._server = server
+        self._conditions = conditions
+        self._http = http
+        self._launcher = Life()
+        self._workers: dict[int, Life] = {}
+        self._pages: tuple[list[float], list[float]] = ([], [])
+        """Active ones of all workers: when, and how many."""
+
+    async def go(self) -> Findings:
+        """The whole run. Raises `UsageError` if the server can't do what is asked undisturbed."""
+        found, conditions = self.findings, self._conditions
+        plays = await rehearse(conditions.program, self._ask)
+        await self._held_now()
+        await self._perform(plays, time.monotonic() + conditions.seconds)
+        await self._all_serve()
+        last = User(conditions.num_users, conditions.program.seed, self._http, found.performance)
+        for play in plays[: len(KINDS)]:
+            await last.perform(play, leaves=0.0)
+        books = await self._at_rest()
+        found.pages_leaked = sum(book.stats.num_pages for book in books)
+        found.problems += [f"{book.name}: {what}" for book in books for what in book.problems]
+        await self._held_now()
+        seen = await look(self._http)
+        counters = seen.counters if seen else {}
+        found.counters = {name: counters.get(name, 0.0) for name in COUNTERS}
+        found.growths = [
+            *growths("launcher", [self._launcher]),
+            *growths("worker", list(self._workers.values())),
+            growth_of("active pages", [self._pages], TOLERATED_PAGES),
+        ]
+        return found
+
+    async def _ask(self, asked: Asked, request_id: str) -> Answer:
+        return await ask(self._http, asked, request_id=request_id)
+
+    async def _perform(self, plays: Sequence[Play], until: float) -> None:
+        conditions = self._conditions
+        disturber = Disturber(
+            self._list_workers,
+            self._set_role,
+            seed=conditions.program.seed,
+            every=conditions.every,
+            worker_timeout=conditions.worker_timeout,
+        )
+        self.findings.blows = disturber.counts
+        async with asyncio.TaskGroup() as running:
+            watching = [
+                running.create_task(self._sample()),
+                running.create_task(self._recount()),
+            ]
+            async with asyncio.TaskGroup() as performing:
+                performing.create_task(disturber.run(until))
+                for number in range(conditions.num_users):
+                    user = User(
+                        number, conditions.program.seed, self._http, self.findings.performance
+                    )
+                    performing.create_task(user.run(plays, until))
+            for task in watching:
+                task.cancel()
+
+    # What the server says
+
+    async def _get(self, path: str) -> bytes | None:
+        """The body of an answer; None for an error, which a server in trouble may give."""
+        try:
+            async with self._http.get(path) as response:
+                return await response.read() if response.status == 200 else None
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            return None
+
+    async def _instances(self) -> list[_Instance]:
+        body = await self._get("/admin/instances")
+        return [] if body is None else msgspec.json.decode(body, type=_Instances).instances
+
+    async def _list_workers(self) -> list[Worker]:
+        return [Worker(one.number, one.epoch, one.pid) for one in await self._instances()]
+
+    async def _set_role(self, number: int, role: str) -> None:
+        """Refused if nobody would be left for the other role; that is as good."""
+        async with self._http.post(f"/admin/instances/{number}/role?role={role}") as response:
+            if response.status >= 500:
+                self.findings.performance.failed.append(
+                    f"role {role} of instance {number}: {response.status}"
+                )
+
+    async def _sample(self) -> None:
+        """Look at processes and pages, for ever."""
+        began = time.monotonic()
+        while True:
+            instances = await self._instances()
+            self._launcher.look(self._server.process.pid)
+            for one in instances:
+                self._workers.setdefault(one.pid, Life()).look(one.pid)
+            stats = [_Stats(hbm=one.hbm, dram=one.dram) for one in instances]
+            self._pages[0].append(time.monotonic() - began)
+            self._pages[1].append(sum(one.num_pages for one in stats))
+            await asyncio.sleep(self._conditions.sample_every)
+
+    async def _recount(self) -> None:
+        """Let the instances recount their books under load, for ever."""
+        while True:
+            await asyncio.sleep(self._conditions.sample_every)
+            for book in await self._books():
+                self.findings.num_audits += 1
+                self.findings.problems += [f"{book.name}: {what}" for what in book.problems]
+
+    async def _books(self) -> list[_Book]:
+        body = await self._get("/admin/pool")
+        return [] if body is None else msgspec.json.decode(body, type=_Books).instances
+
+    async def _all_serve(self) -> None:
+        """Return when every worker is back. Raises `UsageError` if one stays away."""
+        deadline = time.monotonic() + REST_TIMEOUT_S
+        while (health := await self._get("/health")) is None or b'"ok"' not in health:
+            if time.monotonic() > deadline:
+                raise UsageError(f"not all workers have come back: {health!r}")
+            await asyncio.sleep(POLL_S)
+
+    async def _at_rest(self) -> list[_Book]:
+        """The books when nothing is held any more, or when it should long be so."""
+        deadline = time.monotonic() + REST_TIMEOUT_S / 4
+        while True:
+            books = await self._books()
+            if (books and all(book.stats.at_rest for book in books)) or time.monotonic() > deadline:
+                return books
+            await asyncio.sleep(POLL_S)
+
+    async def _held_now(self) -> None:
+        workers = [holding_of(one.pid) for one in await self._instances()]
+        self.findings.holdings.append((holding_of(self._server.process.pid), workers))
+
+
+def touched_gaps(log_file: Path, performance: Performance) -> list[float]:
+    """The longest gaps of the streams that the server's log says were sent again."""
+    again = {(name, int(index)) for name, index in REPLAYED.findall(log_file.read_text())}
+    return [performance.gaps[key] for key in again if key in performance.gaps]
+
+
+def open_http(url: str) -> aiohttp.ClientSession:
+    """Connections to the server, as many as there are requests at once."""
+    return aiohttp.ClientSession(
+        url,
+        connector=aiohttp.TCPConnector(limit=0),
+        timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S),
+    )

@@ -1,0 +1,130 @@
+"""What a server holds while it runs: memory, open files and pages, sampled; and whether it grows.
+
+Memory is what belongs to a process alone (`RssAnon` of Linux): arenas are shared and of fixed size,
+and which of a peer's pages a process happens to have mapped says nothing. Mappings of arenas are
+counted: a former life's must go.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeAlias
+
+import msgspec
+import numpy as np
+
+WARM_UP_S = 60.0
+"""Of a process's life: what it allocates first is not growth."""
+LEAST_SAMPLES = 20
+TOLERATED_SHARE = 0.05
+TOLERATED_MIB = 16.0
+TOLERATED_FILES = 8.0
+TOLERATED_ARENAS = 1.0
+
+
+class Holding(msgspec.Struct, frozen=True, kw_only=True):
+    """What one process holds."""
+
+    memory_mib: float
+    num_files: int
+    num_arenas: int
+    """Mappings of shared memory."""
+
+
+@dataclass
+class Life:
+    """The samples of one process; times in seconds since it was first seen."""
+
+    began: float = field(default_factory=time.monotonic)
+    times: list[float] = field(default_factory=list)
+    holdings: list[Holding] = field(default_factory=list)
+
+    def look(self, pid: int) -> None:
+        """Take a sample; nothing if the process has just ended."""
+        try:
+            holding = holding_of(pid)
+        except OSError:
+            return
+        self.times.append(time.monotonic() - self.began)
+        self.holdings.append(holding)
+
+
+def holding_of(pid: int) -> Holding:
+    """What a process holds now. Raises `OSError` if it has ended."""
+    folder = Path("/proc") / str(pid)
+    status = (folder / "status").read_text()
+    lines = dict(line.split(":", maxsplit=1) for line in status.splitlines() if ":" in line)
+    if "RssAnon" not in lines:  # a zombie has no memory
+        raise ProcessLookupError(pid)
+    return Holding(
+        memory_mib=int(lines["RssAnon"].split()[0]) / 1024,
+        num_files=len(os.listdir(folder / "fd")),
+        num_arenas=(folder / "maps").read_text().count("memfd:"),
+    )
+
+
+class Growth(msgspec.Struct, frozen=True, kw_only=True):
+    """How much something grew over the run, by a straight line through the samples."""
+
+    what: str
+    mean: float
+    growth: float | None
+    """None: too few samples after the warm-up to say."""
+    tolerated: float
+
+    @property
+    def grows(self) -> bool:
+        """Whether that is more than may be."""
+        return self.growth is not None and self.growth > self.tolerated
+
+
+def growths(who: str, lives: Sequence[Life]) -> list[Growth]:
+    """The growth of memory, files and mappings over one or more lives of a process."""
+    return [
+        growth_of(f"{who} memory, MiB", _series(lives, lambda one: one.memory_mib), TOLERATED_MIB),
+        growth_of(f"{who} open files", _series(lives, lambda one: one.num_files), TOLERATED_FILES),
+        growth_of(
+            f"{who} mapped arenas", _series(lives, lambda one: one.num_arenas), TOLERATED_ARENAS
+        ),
+    ]
+
+
+Series: TypeAlias = tuple[Sequence[float], Sequence[float]]
+"""Times in seconds, and values."""
+
+
+def _series(lives: Sequence[Life], value: Callable[[Holding], float]) -> list[Series]:
+    return [(life.times, [value(one) for one in life.holdings]) for life in lives]
+
+
+def growth_of(what: str, series: Sequence[Series], tolerated: float) -> Growth:
+    """Of one quantity; a share of its mean is tolerated in any case."""
+    mean, growth = line_through(series)
+    return Growth(
+        what=what, mean=mean, growth=growth, tolerated=max(tolerated, TOLERATED_SHARE * mean)
+    )
+
+
+def line_through(series: Iterable[Series]) -> tuple[float, float | None]:
+    """The mean of all values, and their growth over the longest series, by least squares.
+
+    Every series (times, values) has its own level and all have one slope. Samples of the first
+    `WARM_UP_S` seconds of a series don't count for the growth.
+    """
+    top = bottom = longest = 0.0
+    num_samples = 0
+    everything: list[float] = []
+    for times, values in series:
+        everything += values
+        late = [(at, value) for at, value in zip(times, values, strict=True) if at >= WARM_UP_S]
+        if len(late) < 2:
+            continue
+        at, value = np.array(late).T
+        top += float(((at - at.mean()) * (value - value.mean())).sum())
+        bottom += float(((at - at.mean()) ** 2).sum())
+        longest = max(longest, float(at[-1] - at[0]))
+        num_samples += len(late)
+    mean = float(np.mean(everything)) if everything else 0.0
+    return mean, top / bottom * longest if num_samples >= LEAST_SAMPLES and bottom else None

@@ -1,0 +1,86 @@
+"""`scripts/chaos` from its command line to its exit status."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from memserve.chaos.command import parse_options
+from memserve.chaos.report import Report, pauses_of, render
+from memserve.chaos.watching import Growth, Holding
+
+SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "chaos"
+HOLDING = Holding(memory_mib=50.0, num_files=20, num_arenas=0)
+
+
+def report(**changes: object) -> Report:
+    values: dict[str, object] = {
+        "model": "a model",
+        "flags": [],
+        "seed": 1,
+        "minutes": 1.0,
+        "requests": 10,
+        "left": 1,
+        "blows": {"kill": 2},
+        "server": {"worker_deaths": 2.0, "convicted_requests": 0.0},
+        "wrong": [],
+        "ties": 1,
+        "failed": [],
+        "pauses": pauses_of([1.0, 3.0, 2.0]),
+        "pages_leaked": 0,
+        "audits": 5,
+        "problems": [],
+        "left_behind": [],
+        "launcher": (HOLDING, HOLDING),
+        "workers": ([HOLDING], [HOLDING]),
+        "growths": [Growth(what="files", mean=20.0, growth=1.0, tolerated=8.0)],
+    }
+    return Report(**(values | changes))  # type: ignore[arg-type]
+
+
+def test_a_run_without_complaint_has_no_violations() -> None:
+    assert report().violations == []
+    assert "P50 2.00 s" in render(report())
+    assert render(report()).endswith("violations: none")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"wrong": ["an answer"]},
+        {"failed": ["a request"]},
+        {"pages_leaked": 1},
+        {"problems": ["a block"]},
+        {"left_behind": ["a process"]},
+        {"server": {"convicted_requests": 1.0}},
+        {"growths": [Growth(what="files", mean=20.0, growth=9.0, tolerated=8.0)]},
+    ],
+)
+def test_each_complaint_is_a_violation(changes: dict[str, object]) -> None:
+    assert len(report(**changes).violations) == 1
+
+
+def test_flags_of_the_server_replace_the_layout_and_not_what_a_comparison_needs() -> None:
+    flags = parse_options(["--model", "tiny", "--", "--mixed", "2"]).flags
+    assert "--prefill" not in flags
+    assert flags[flags.index("--dtype") + 1] == "float32"
+    with pytest.raises(SystemExit):
+        parse_options(["--minutes", "0"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_some_seconds_of_chaos_do_no_harm() -> None:
+    run = subprocess.run(
+        [sys.executable, SCRIPT, "--model", "tiny", "--minutes", "0.3", "--every", "4"],
+        capture_output=True,
+        timeout=390,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr.decode() + run.stdout.decode()
+    found = json.loads(run.stdout.decode().splitlines()[-1])
+    assert found["requests"] > 0
+    assert found["server"]["worker_deaths"] >= found["blows"]["kill"] > 0
+    assert found["wrong"] == found["failed"] == []
