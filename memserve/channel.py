@@ -104,8 +104,11 @@ def send_descriptor(sock: socket.socket, descriptor: int) -> None:
 
 
 def receive_descriptor(sock: socket.socket) -> int:
-    """The next file descriptor; the message that announced it has been read already."""
-    data, descriptors, _, _ = socket.recv_fds(sock, 1, 1)
+    """The next file descriptor; the message that announced it has been read already.
+
+    Processes that are started later don't inherit it: one that did would keep a dead worker's memory.
+    """
+    data, descriptors, _, _ = socket.recv_fds(sock, 1, 1, socket.MSG_CMSG_CLOEXEC)
     if not data or not descriptors:
         raise ChannelClosed("the other process left before it sent its descriptor")
     return descriptors[0]

@@ -1,6 +1,7 @@
 """Messages that are good arrive; whatever else arrives ends the channel, and nothing more."""
 
 import asyncio
+import os
 import socket
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from memserve import channel
-from memserve.channel import Channel
+from memserve.channel import Channel, receive_descriptor, send_descriptor
 from memserve.errors import ChannelClosed
 from memserve.messages import (
     Abort,
@@ -170,3 +171,14 @@ def test_frames_that_come_twice_or_in_another_order_are_still_whole(
     assert found == messages[: len(found)]
     if not cut:
         assert len(found) == len(messages)
+
+
+def test_a_descriptor_that_was_received_is_not_inherited() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        send_descriptor(ours, 0)
+        descriptor = receive_descriptor(theirs)
+        try:
+            assert not os.get_inheritable(descriptor)
+        finally:
+            os.close(descriptor)

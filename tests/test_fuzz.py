@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from yarl import URL
 
 from memserve.frontend.description import describe
 from memserve.server import ROUTES
@@ -120,8 +121,15 @@ async def test_the_server_describes_what_it_serves(tokenizer: Tokenizer) -> None
     assert len({*operations}) >= len(operations) - 1  # /health and /ping are one
 
 
+@pytest.fixture
+def num_draws(request: pytest.FixtureRequest) -> int:
+    """Of one operation; more in a slow run."""
+    return 2000 if request.config.getoption("--slow") else 100
+
+
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("path", [route.path for route in TAKING])
-async def test_no_body_breaks_the_server(tokenizer: Tokenizer, path: str) -> None:
+async def test_no_body_breaks_the_server(tokenizer: Tokenizer, path: str, num_draws: int) -> None:
     (route,) = (route for route in TAKING if route.path == path)
     assert route.takes is not None
     loop = asyncio.get_running_loop()
@@ -130,7 +138,7 @@ async def test_no_body_breaks_the_server(tokenizer: Tokenizer, path: str) -> Non
 
         @example(body=RIGHT[path])
         @settings(
-            max_examples=100,
+            max_examples=num_draws,
             deadline=None,
             suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
         )
@@ -142,6 +150,52 @@ async def test_no_body_breaks_the_server(tokenizer: Tokenizer, path: str) -> Non
 
         await asyncio.to_thread(fuzz)
     assert {200, 400} <= seen
+
+
+path_values = st.sampled_from(["0", "1", "7", "999999999", "0000", "1e3", "-1"]) | st.text(
+    st.characters(codec="ascii", categories=["L", "N", "P"]), min_size=1, max_size=12
+)
+queries = st.dictionaries(
+    st.sampled_from(["role", "x"]),
+    st.sampled_from(["prefill", "decode", "mixed", "", "king"]) | st.text(max_size=6),
+)
+operations = st.tuples(
+    st.sampled_from(ROUTES),
+    st.sampled_from(["GET", "POST", "DELETE", "PUT", "HEAD", "OPTIONS"]) | st.none(),
+    path_values,
+    queries,
+    st.none() | st.binary(max_size=40) | anything.map(lambda value: json.dumps(value).encode()),
+)
+
+
+@pytest.mark.timeout(600)
+async def test_no_operation_breaks_the_server(tokenizer: Tokenizer, num_draws: int) -> None:
+    """Every path, with its own method or another one, any parameters and any body."""
+    loop = asyncio.get_running_loop()
+    async with serve(tokenizer, script(tokenizer)) as served:
+        seen: set[int] = set()
+
+        async def send(operation: tuple[Any, str | None, str, dict[str, str], Any]) -> None:
+            route, method, value, query, data = operation
+            url = URL(served.url).joinpath(*route.path.replace("{number}", value)[1:].split("/"))
+            async with served.http.request(
+                method or route.method, url.with_query(query), data=data
+            ) as response:
+                await response.read()
+                assert response.status < 500, operation
+                seen.add(response.status)
+
+        @settings(
+            max_examples=2 * num_draws,
+            deadline=None,
+            suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+        )
+        @given(operation=operations)
+        def fuzz(operation: Any) -> None:
+            asyncio.run_coroutine_threadsafe(send(operation), loop).result(60)
+
+        await asyncio.to_thread(fuzz)
+    assert {200, 400, 404, 405} <= seen
 
 
 async def post(served: Served, path: str, body: Any) -> int:

@@ -9,6 +9,8 @@ from memserve.chaos.watching import Growth, Holding
 
 MOST_SHOWN = 10
 """Complaints of one kind."""
+FILES_MORE = 1
+"""Open files that a worker may have at the end more than any at the start: nothing runs then."""
 
 
 class Pauses(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,6 +76,9 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
             )
             if number
         ]
+        most = [max((one.num_files for one in held), default=0) for held in self.workers]
+        if most[1] > most[0] + FILES_MORE:
+            found.append(f"a worker with {most[1]} open files, where {most[0]} were enough")
         return found + [
             f"{each.what} has grown by {each.growth:.1f}" for each in self.growths if each.grows
         ]

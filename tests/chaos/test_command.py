@@ -54,6 +54,7 @@ def test_a_run_without_complaint_has_no_violations() -> None:
         {"pages_leaked": 1},
         {"problems": ["a block"]},
         {"left_behind": ["a process"]},
+        {"workers": ([HOLDING], [Holding(memory_mib=50.0, num_files=23, num_arenas=0)])},
         {"server": {"convicted_requests": 1.0}},
         {"growths": [Growth(what="files", mean=20.0, growth=9.0, tolerated=8.0)]},
     ],
