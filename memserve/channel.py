@@ -10,6 +10,7 @@ the descriptor waiting.
 """
 
 import asyncio
+import os
 import socket
 from collections.abc import AsyncIterator
 from typing import Any, Generic, TypeVar
@@ -108,7 +109,9 @@ def receive_descriptor(sock: socket.socket) -> int:
 
     Processes that are started later don't inherit it: one that did would keep a dead worker's memory.
     """
-    data, descriptors, _, _ = socket.recv_fds(sock, 1, 1, socket.MSG_CMSG_CLOEXEC)
+    data, descriptors, _, _ = socket.recv_fds(sock, 1, 1)
     if not data or not descriptors:
         raise ChannelClosed("the other process left before it sent its descriptor")
-    return descriptors[0]
+    (descriptor,) = descriptors
+    os.set_inheritable(descriptor, False)
+    return descriptor

@@ -5,6 +5,8 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.e2e.servers import (
     ServerProcess,
     assert_all_home,
@@ -26,6 +28,7 @@ def wait_for_files(server: ServerProcess, folder: Path, number: int) -> list[Pat
     return sorted(found, key=lambda path: -path.stat().st_mtime_ns)
 
 
+@pytest.mark.timeout(300)
 def test_known_prompts_hit_after_kill_and_restart_and_a_torn_file_costs_its_part(
     tmp_path: Path,
 ) -> None:
