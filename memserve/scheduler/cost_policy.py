@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from memserve.scheduler.cost import CopyModel, StepModel
 from memserve.scheduler.interface import Ask, FetchPolicy, Prediction, SchedulerConfig
+from memserve.scheduler.layout_model import Split
 from memserve.scheduler.lengths import OutputLengths
-from memserve.scheduler.loads import PRESSURE_SECONDS, Loads
+from memserve.scheduler.loads import Loads
 from memserve.scheduler.policies import Choice, Floats, Question
 
 SLO_WEIGHT = 10.0
@@ -82,6 +83,7 @@ class LeastDelay:
         self._steps = steps
         self._copies = copies
         self._lengths = lengths
+        self._split = Split()
 
     def choose(self, question: Question, loads: Loads) -> Choice:
         """See `policies.Policy.choose`."""
@@ -89,6 +91,8 @@ class LeastDelay:
         num_tokens = len(question.ask.prompt)
         length = self._lengths.remaining(0, question.ask.max_tokens)
         state = self._state(loads)
+        if self._config.elastic_roles:
+            self._follow(loads, question.now)
         prefill = self._prefill(question, loads, state)
         decode = self._decode(question.ask, length, loads, state)
         elastic = self._config.elastic_roles
@@ -102,7 +106,8 @@ class LeastDelay:
         missing = np.maximum(0.0, num_tokens - question.kept)
         handover = self._handover(missing, rows["block_bytes"])
         at_prefill = prefill.ttft + prefill.harm + waking
-        later = decode.own * self._pressure(loads, question.now)
+        pressure = self._pressure(loads, question.now)
+        later = decode.own * self._split.stall(loads, pressure)
         at_decode = decode.own + decode.harm + waking + handover + self._interference(state)
         at_decode += later + self._in_the_way(loads, question.now)
         both = prefill.ttft + prefill.harm + decode.own + decode.harm + waking + later
@@ -203,7 +208,7 @@ class LeastDelay:
     def _later_arrivals(self, loads: Loads, now: float, ttft: Floats) -> Floats:
         """How many requests yet to come will wait for a prefill that ends after `ttft`."""
         rows = loads.rows
-        rate = float((rows["rate"] * _fading(loads, now)).mean())
+        rate = float((rows["rate"] * loads.fading(now)).mean())
         pressure = float(self._pressure(loads, now).mean())
         waiting: Floats = WORK_PRICE + rate * ttft / (1.0 - pressure)
         return waiting
@@ -214,7 +219,7 @@ class LeastDelay:
         The mean wait of a queue with one server (Pollaczek and Khinchine). Who stays where it was
         prefilled comes right after its own prefill, when none has begun.
         """
-        residual = loads.rows["residual"] * _fading(loads, now)
+        residual = loads.rows["residual"] * loads.fading(now)
         waiting: Floats = residual / (1.0 - self._pressure(loads, now))
         return waiting
 
@@ -224,8 +229,22 @@ class LeastDelay:
         Decoding there takes longer by as much. It is also what makes slots specialise: where
         prompts go, answers are better not generated, and the other way round.
         """
-        pressure: Floats = np.minimum(MAX_PRESSURE, loads.rows["pressure"] * _fading(loads, now))
+        measured = loads.rows["pressure"] * loads.fading(now)
+        pressure: Floats = np.minimum(MAX_PRESSURE, self._split.pressure(loads, measured))
         return pressure
+
+    def _follow(self, loads: Loads, now: float) -> None:
+        chunk = max(1, self._config.max_num_batched_tokens)
+        self._split.follow(
+            loads,
+            self._steps.costs,
+            now,
+            slowdown=self._steps.slowdown(loads.num_busy) * float(loads.rows["scale"].mean()),
+            chunk=chunk,
+            handover=float(
+                self._handover(np.array([float(chunk)]), loads.rows["block_bytes"]).max()
+            ),
+        )
 
     def wait(self, loads: Loads, now: float) -> Floats:
         """Seconds until a prompt that is sent now would begin to be computed."""
@@ -329,12 +348,6 @@ def _longest_elsewhere(held: Floats) -> tuple[Floats, NDArray[np.int64]]:
     slots = np.arange(len(held))
     source = np.where(slots == best, second, best)
     return held[source], source
-
-
-def _fading(loads: Loads, now: float) -> Floats:
-    """What is left of the memory of past prefills."""
-    left: Floats = np.exp((loads.rows["pressure_at"] - now) / PRESSURE_SECONDS)
-    return left
 
 
 def _missed(seconds: Floats, slo: float) -> Floats:

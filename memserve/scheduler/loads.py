@@ -6,6 +6,7 @@ was said to. All rows lie in one array, so that a decision over a thousand insta
 operations. Tickets of instances that have gone are kept until they end, and count nowhere.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -36,6 +37,9 @@ ROW = np.dtype(
         ("pressure", np.float64),  # share of recent time that prefills took
         ("residual", np.float64),  # seconds of prefill found under way there, of late
         ("rate", np.float64),  # prompts sent there per second, of late
+        ("answers", np.float64),  # tokens of the answers to those, per second
+        ("prompts", np.float64),  # tokens of those, per second
+        ("cached", np.float64),  # and how many of them were not to be computed
         ("pressure_at", np.float64),
         ("block_bytes", np.float64),
         ("scale", np.float64),
@@ -49,6 +53,9 @@ NOWHERE = -1
 
 PRESSURE_SECONDS = 10.0
 """How fast the memory of past prefills fades."""
+
+MEMORY_START = 2.0
+"""Seconds before the first prefill that are taken to have been without any."""
 
 
 @dataclass(slots=True)
@@ -87,6 +94,7 @@ class Loads:
         self.roles: dict[int, Role] = {}
         self.leaving: set[int] = set()
         self._num_chosen = 0
+        self._began = self._last = -math.inf  # of the prefills that `fading` remembers
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -177,6 +185,9 @@ class Loads:
 
     def dispatched(self, ticket: Ticket, prefill_seconds: float, now: float) -> None:
         """One more ticket; its prefill will take so long."""
+        if now - self._last > 3 * PRESSURE_SECONDS:
+            self._began = now
+        self._last = now
         slot = self.slot_by_instance.get(ticket.prefill)
         if slot is not None:
             row = self.rows[slot]
@@ -190,7 +201,14 @@ class Loads:
             row["pressure"] = row["pressure"] * fading + prefill_seconds / PRESSURE_SECONDS
             seen = prefill_seconds**2 / 2 / PRESSURE_SECONDS
             row["residual"] = row["residual"] * fading + seen
-            row["rate"] = row["rate"] * fading + 1 / PRESSURE_SECONDS
+            num_cached = ticket.num_prompt_tokens - ticket.num_new_tokens
+            for name, number in (
+                ("rate", 1),
+                ("answers", ticket.expected_end),
+                ("prompts", ticket.num_prompt_tokens),
+                ("cached", num_cached),
+            ):
+                row[name] = row[name] * fading + number / PRESSURE_SECONDS
             row["pressure_at"] = now
         self._add_decoding(ticket, 1)
 
@@ -225,6 +243,15 @@ class Loads:
         if not ticket.first_token_at:
             self._leave_queue(ticket, now)
         self._add_decoding(ticket, -1)
+
+    def fading(self, now: float) -> NDArray[np.float64]:
+        """What is left of the memory of past prefills, by slot."""
+        left: NDArray[np.float64] = np.exp((self.rows["pressure_at"] - now) / PRESSURE_SECONDS)
+        return left
+
+    def memory(self, now: float) -> float:
+        """How much of what a steady load would leave in that memory there can be by now, up to 1."""
+        return 1 - math.exp(-(now - self._began + MEMORY_START) / PRESSURE_SECONDS)
 
     def recount(self, tickets: Iterable[Ticket]) -> list[str]:
         """Where the rows differ from what the tickets add up to; for tests."""

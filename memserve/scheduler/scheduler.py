@@ -206,7 +206,7 @@ class Scheduler:
         self._fair.served(found.start)
         if not found.first_token_at:
             return
-        self._lengths.add(found.num_tokens)
+        self._lengths.add(found.num_tokens, cut=found.num_tokens >= found.max_tokens)
         if found.placement.prediction is not None:
             self.counters.jct_error.add(found.placement.prediction.jct, now - found.dispatched_at)
         if self._config.slo_tpot is not None and found.num_tokens > 1:

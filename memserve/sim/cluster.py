@@ -38,6 +38,8 @@ class Setting:
     """Devices that the instances share in turn; None: one each."""
     max_concurrency: int | None = None
     """Requests that the clients send at once; those beyond wait unseen."""
+    max_tokens: int | None = None
+    """What clients say their answers may have; None: exactly what they will have."""
 
 
 @dataclass(slots=True)
@@ -147,7 +149,7 @@ class SimulatedCluster:
             return
         ask = Ask(
             prompt=request.prompt,
-            max_tokens=len(request.output),
+            max_tokens=self._setting.max_tokens or len(request.output),
             session=dialogue.name,
             tenant=dialogue.tenant,
         )

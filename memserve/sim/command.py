@@ -1,6 +1,6 @@
 """The flags of `memserve simulate`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,7 +11,7 @@ from memserve.errors import UsageError
 from memserve.scheduler.interface import ContextCaching, FetchPolicy, RoutingPolicy
 from memserve.sim.costs import builtin_profiles
 from memserve.sim.experiment import SimulateOptions, choose_profile, simulate_all
-from memserve.sim.grid import CellResult, render_grid, run_grid
+from memserve.sim.grid import GRID, HELD_OUT, Cell, CellResult, render_grid, run_grid
 from memserve.sim.plot import plot, require_plotting
 from memserve.sim.routing import render_routing, routing_table
 from memserve.sim.table import render
@@ -100,6 +100,12 @@ FLAGS: tuple[Callable[[Callable[..., None]], Callable[..., None]], ...] = (
     click.option("--max-model-len", type=int, help="Longest prompt plus answer."),
     click.option("--seed", type=int, default=0, help="Of requests and noise."),
     click.option("--grid", is_flag=True, help="The layout table: every fixed layout against cost."),
+    click.option(
+        "--held-out", is_flag=True, help="With --grid: cells that the policy was not tuned on."
+    ),
+    click.option(
+        "--processes", type=click.IntRange(min=1), default=1, help="With --grid: at once."
+    ),
     click.option("--routing", is_flag=True, help="The routing table, after the paper's Fig 15."),
     click.option("--validate", type=FILE, help="Compare with a result of `memserve bench serve`."),
     click.option("--save-result", type=FILE, help="JSON file for the report."),
@@ -125,6 +131,8 @@ def simulate(
     save_result: Path | None,
     picture: Path | None,
     grid: bool,
+    held_out: bool,
+    processes: int,
     routing: bool,
     validate: Path | None,
     **values: Any,  # noqa: ANN401
@@ -147,7 +155,8 @@ def simulate(
         **values,
     )
     if grid:
-        text, result = _grid(options)
+        cells = HELD_OUT if held_out else GRID
+        text, result = _grid(options, cells, processes)
     elif routing:
         text, result = _routing(options)
     elif validate is not None:
@@ -165,11 +174,19 @@ def simulate(
     click.echo(encoded.decode())
 
 
-def _grid(options: SimulateOptions) -> tuple[str, object]:
+def _grid(
+    options: SimulateOptions, cells: Sequence[Cell], num_processes: int
+) -> tuple[str, object]:
     def progress(cell: CellResult) -> None:
         click.echo(f"{cell.cell}: cost {cell.cost / cell.best:.2f}", err=True)
 
-    report = run_grid(num_requests=options.num_requests, seed=options.seed, progress=progress)
+    report = run_grid(
+        cells,
+        num_requests=options.num_requests,
+        seed=options.seed,
+        num_processes=num_processes,
+        progress=progress,
+    )
     return render_grid(report), report
 
 

@@ -22,6 +22,7 @@ from memserve.sim.dialogues import Dialogue, block_trace, is_block_trace, played
 from memserve.sim.layouts import parse_layout
 from memserve.sim.outcome import Figures
 from memserve.workloads import Limits, Workload, make_sessions
+from memserve.workloads.synthetic import RandomLengths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,10 @@ class SimulateOptions:
     contention: float | None = None
     seed: int = 0
     limits: Limits = field(default_factory=Limits)
+    random: RandomLengths = field(default_factory=RandomLengths)
+    """Of the workload `random`."""
+    max_tokens: int | None = None
+    """What clients say their answers may have; None: exactly what they will have."""
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,7 +103,12 @@ def dialogues(options: SimulateOptions, rate: float) -> Iterator[Dialogue]:
     num, seed = options.num_requests, options.seed
     if options.trace is None:
         workload = Workload(
-            name=options.workload, num_requests=num, rate=rate, seed=seed, limits=options.limits
+            name=options.workload,
+            num_requests=num,
+            rate=rate,
+            seed=seed,
+            limits=options.limits,
+            random=options.random,
         )
     elif is_block_trace(options.trace):
         return block_trace(options.trace, rate=rate, num_requests=num, seed=seed)
@@ -176,6 +186,7 @@ def play(
         seed=options.seed,
         num_devices=options.num_devices,
         max_concurrency=max_concurrency,
+        max_tokens=options.max_tokens,
     )
     outcomes = simulate(setting, asked)
     if not outcomes.requests:

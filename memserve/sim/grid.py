@@ -13,8 +13,12 @@ and an instance that only prefills stands idle where prompts are few (so all mix
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
 
 import msgspec
 
@@ -25,6 +29,7 @@ from memserve.sim.layouts import fixed_layouts
 from memserve.sim.outcome import Figures
 from memserve.sim.table import aligned
 from memserve.workloads import Limits
+from memserve.workloads.synthetic import RandomLengths
 
 TOLERANCE = 1.05
 MARGIN = 1.10
@@ -39,6 +44,7 @@ class Shape:
     workload: str
     scale: float
     max_output_len: int | None = None
+    random: RandomLengths = field(default_factory=RandomLengths)
 
 
 CHATS = Shape("chats", "sharegpt", 1)
@@ -91,12 +97,47 @@ GRID = (
     Cell(EXTRACTS, 4, 1.0),
     Cell(EXTRACTS, 4, 1.5),
 )
+HELD_OUT = tuple(
+    Cell(
+        Shape(f"{workload} x {scale}, answers up to {longest}", workload, scale, longest), num, rate
+    )
+    for workload, scale, longest, num, rate in (
+        ("react", 1, 128, 4, 2.5),
+        ("random", 4, 256, 4, 1.2),
+        ("loogle", 4, 48, 5, 2.5),
+        ("prefix-repetition", 2, 200, 5, 4.0),
+        ("random", 4, 24, 2, 0.7),
+        ("random", 2, 256, 2, 0.9),
+        ("sharegpt", 3, 480, 4, 0.3),
+        ("loogle", 2, 24, 2, 4.0),
+        ("sharegpt", 3, 480, 3, 1.2),
+        ("random", 4, None, 5, 1.2),
+        ("sharegpt", 1, 200, 2, 2.5),
+        ("react", 1, 480, 4, 2.5),
+        ("sharegpt", 3, 480, 4, 1.2),
+        ("react", 4, 96, 5, 2.5),
+        ("loogle", 6, 200, 5, 0.9),
+        ("sharegpt", 1, 480, 3, 1.6),
+        ("random", 8, 256, 5, 1.2),
+        ("prefix-repetition", 8, None, 2, 0.7),
+        ("prefix-repetition", 4, 256, 2, 1.2),
+        ("random", 4, None, 4, 0.3),
+        ("prefix-repetition", 8, 200, 2, 2.5),
+        ("prefix-repetition", 8, 480, 3, 1.2),
+        ("sharegpt", 3, 128, 5, 0.7),
+        ("prefix-repetition", 4, None, 5, 1.2),
+    )
+)
+"""Drawn at random, by a seed, out of workloads, scales, limits of answers, 2 to 5 instances and rates,
+but for those that load the instances too little or too much."""
+
 REDUCED = (
     Cell(LONG_CHATS[160], 2, 1.5),
     Cell(EXTRACTS, 2, 0.75),
     Cell(LONG_CHATS[64], 3, 1.5),
+    Cell(Shape("prompts of 2,048, answers of 256", "random", 2), 2, 0.9),
 )
-"""Enough for two instances: all mixed and 1P1D win one each."""
+"""Enough for two instances: all mixed and 1P1D win one each, prefixes are shared and are not."""
 
 
 class CellResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -164,14 +205,23 @@ def run_grid(
     num_requests: int = 300,
     seed: int = 0,
     profile: Profile | None = None,
+    num_processes: int = 1,
     progress: Callable[[CellResult], None] = lambda _: None,
 ) -> GridReport:
-    """Simulate every cell; `progress` hears of each as it is done."""
+    """Simulate every cell, each in one of `num_processes`; `progress` hears of them in their order."""
     machine = profile or builtin_profiles()["h100x4-70b"]
+    one = partial(run_cell, profile=machine, num_requests=num_requests, seed=seed)
     results = []
-    for cell in cells:
-        results.append(run_cell(cell, machine, num_requests, seed))
-        progress(results[-1])
+    with ExitStack() as stack:
+        if num_processes > 1:
+            spawning = multiprocessing.get_context("spawn")
+            pool = ProcessPoolExecutor(num_processes, mp_context=spawning)
+            found: Iterator[CellResult] = stack.enter_context(pool).map(one, cells)
+        else:
+            found = map(one, cells)
+        for result in found:
+            results.append(result)
+            progress(result)
     return GridReport(profile=machine.name, num_requests=num_requests, seed=seed, cells=results)
 
 
@@ -200,6 +250,7 @@ def _simulate(
         num_requests=num,
         seed=seed,
         limits=Limits(scale=cell.shape.scale, max_output_len=cell.shape.max_output_len),
+        random=cell.shape.random,
     )
     return simulate_one(options, profile, layout, policy, cell.rate * cell.num_instances)
 

@@ -149,3 +149,22 @@ def test_answers_are_expected_to_be_as_long_as_those_before() -> None:
     assert lengths.remaining(60, 100) == 40
     assert lengths.remaining(5000, 10_000) == pytest.approx(5000, rel=0.01)
     assert lengths.remaining(99, 99) == 1
+
+
+def test_answers_that_were_cut_would_have_been_longer() -> None:
+    lengths = OutputLengths()
+    for limit in (20, 200, 600) * 20:
+        lengths.add(limit, cut=True)
+    assert lengths.remaining(0, 20) == pytest.approx(20)
+    assert 185 < lengths.remaining(0, 200) < 200.1
+    assert 540 < lengths.remaining(0, 600) < 600.1
+    assert 400 < lengths.remaining(100, 600) <= 500
+
+
+def test_each_answer_is_cut_at_the_limit_not_their_mean() -> None:
+    lengths = OutputLengths()
+    for _ in range(200):
+        lengths.add(10)
+        lengths.add(1000)
+    # Half of the answers would end at 10, half at the limit.
+    assert lengths.remaining(0, 100) == pytest.approx(55, rel=0.05)

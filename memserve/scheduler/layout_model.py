@@ -1,0 +1,186 @@
+"""Which split of the instances into prefill and decode would serve today's traffic best.
+
+A request that is placed by its own delay and the harm it does never moves a balanced cluster: where
+prompts come everywhere alike, no single answer gains by going elsewhere, though all would if some
+instances had no prompts. So the split is found for the traffic as a whole, in its steady state: the
+wait in a queue with several servers (Sakasegawa's approximation of M/G/c), a batch by Little's law,
+and prompt chunks that hold up who decodes beside them.
+
+`Split` remembers the split and says how much prefilling each slot is to expect. It binds nobody: it is
+what `cost` expects to happen there, and each request may still go elsewhere.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memserve.scheduler.cost import StepCosts
+from memserve.scheduler.loads import PRESSURE_SECONDS, Loads
+
+Floats = NDArray[np.float64]
+
+INTERVAL = 0.5
+"""Seconds between two looks at the traffic."""
+
+ENTER, LEAVE = 0.95, 0.98
+"""Instances specialise if that promises at most this share of the mean JCT of all mixed, and mix again
+if it promises no less than that one."""
+
+CHANGE = 0.97
+"""The same for another split."""
+
+NUM_ROUNDS = 40
+"""Of the fixed point of batch and step time."""
+
+MAX_BATCH = 1e4
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What comes in, over all instances, of late."""
+
+    rate: float
+    """Prompts per second."""
+    work: float
+    """Seconds of prefilling per second."""
+    residual: float
+    """Seconds of prefill that one server for all of it would be found busy with."""
+    answer: float
+    """Tokens of an answer."""
+    context: float
+    """Tokens that a decoding sequence attends to."""
+    cached: float
+    """The share of prompt tokens that need no computing."""
+
+
+def traffic(loads: Loads, now: float, slowdown: float) -> Traffic | None:
+    """The traffic of the last seconds; None if there is next to none."""
+    rows = loads.rows
+    fading = loads.fading(now) / loads.memory(now)
+    rate, answers = float((rows["rate"] * fading).sum()), float((rows["answers"] * fading).sum())
+    sequences = float((rows["num_decoding"] + rows["num_incoming"]).sum())
+    if rate * PRESSURE_SECONDS < len(rows) or sequences < 1.0:
+        return None
+    return Traffic(
+        rate=rate,
+        work=float((rows["pressure"] * fading).sum()) * slowdown,
+        residual=float((rows["residual"] * fading).sum()) * slowdown**2,
+        answer=answers / rate,
+        context=float(rows["context"].sum()) / sequences,
+        cached=float((rows["cached"] * fading).sum() / (rows["prompts"] * fading).sum()),
+    )
+
+
+def expected_jct(
+    seen: Traffic,
+    costs: StepCosts,
+    num: int,
+    *,
+    slowdown: float,
+    chunk: int,
+    capacity: float,
+    handover: float,
+) -> Floats:
+    """Mean JCTs, `[num]`: all mixed, then with 1, 2 … of the `num` instances for prefill alone.
+
+    Infinite where prompts or contexts (of `capacity` tokens an instance) would pile up.
+    """
+    split = np.arange(num)
+    mixed = split == 0
+    prefills, decodes = np.where(mixed, num, split), num - split
+    own = seen.work / seen.rate
+    full = (costs.step + float(costs.rows(np.array(float(chunk))))) * slowdown
+    chunk_seconds = min(own, full)
+    chunk_rate = seen.work / prefills / chunk_seconds
+    batch = np.ones(num)
+    for _ in range(NUM_ROUNDS):
+        context = batch * seen.context
+        step = costs.decoding(np.maximum(batch, 1.0), context) * slowdown
+        beside = np.where(mixed, costs.beside(batch, context) * slowdown, 0.0)
+        busy = chunk_rate * (chunk_seconds + beside)
+        # Each step with a chunk also gives everyone beside it a token.
+        token = np.where(mixed, 1 / (np.maximum(1 - busy, 0.01) / step + chunk_rate), step)
+        batch = np.minimum(MAX_BATCH, seen.rate / decodes * seen.answer * token)
+    queue = np.minimum(busy, 0.99)
+    # Who goes where its prefix lies doesn't choose the shortest queue.
+    pooling = (1 - seen.cached) * (np.sqrt(2 * (prefills + 1)) - 2)
+    wait = seen.residual / prefills / (1 - queue) * queue**pooling
+    jct = wait + own * (1 + beside / chunk_seconds) + seen.answer * token
+    jct += np.where(mixed, step / 2, handover)
+    bad = (busy >= 1.0) | (batch * seen.context > capacity)
+    return np.where(bad, np.inf, jct)
+
+
+class Split:
+    """How many instances are for prefill alone, and which; none: all are mixed."""
+
+    def __init__(self) -> None:
+        self._prefills: frozenset[int] = frozenset()
+        self._due = 0.0
+
+    def pressure(self, loads: Loads, measured: Floats) -> Floats:
+        """The share of time that prefills will take on each slot, given what they took of late."""
+        special = self.special(loads)
+        if not special.any():
+            return measured
+        return np.where(special, measured.sum() / special.sum(), 0.0)
+
+    def stall(self, loads: Loads, pressure: Floats) -> Floats:
+        """What prefills add to the time of decoding, as a share, where they take such a part of it.
+
+        They come to a slot that is for prefill whoever decodes there; others they avoid meanwhile.
+        """
+        return np.where(self.special(loads), pressure / (1.0 - pressure), pressure)
+
+    def special(self, loads: Loads) -> NDArray[np.bool_]:
+        """The slots that are for prefill alone."""
+        found: NDArray[np.bool_] = np.isin(loads.rows["instance"], list(self._prefills))
+        return found & loads.rows["serves"].astype(np.bool_)
+
+    def follow(
+        self,
+        loads: Loads,
+        costs: StepCosts,
+        now: float,
+        *,
+        slowdown: float,
+        chunk: int,
+        handover: float,
+    ) -> None:
+        """Look at the traffic again if it is time."""
+        if now < self._due:
+            return
+        self._due = now + INTERVAL
+        rows = loads.rows
+        slots = np.flatnonzero(rows["serves"])
+        seen = traffic(loads, now, slowdown)
+        if len(slots) < 2 or seen is None:
+            self._prefills = frozenset()
+            return
+        jct = expected_jct(
+            seen,
+            costs,
+            len(slots),
+            slowdown=slowdown,
+            chunk=chunk,
+            capacity=float(rows["capacity"][slots].min()),
+            handover=handover,
+        )
+        before = int(self.special(loads).sum())
+        best = _choose(jct, before)
+        if best != before:
+            # Who prefills already goes on to; then those with the most of it.
+            kept = self.special(loads)[slots]
+            order = np.lexsort((-rows["pressure"][slots], ~kept))
+            self._prefills = frozenset(int(i) for i in rows["instance"][slots[order[:best]]])
+
+
+def _choose(jct: Floats, before: int) -> int:
+    """The number of instances for prefill alone, given the expected JCTs and the number till now."""
+    best = int(np.argmin(jct))
+    if not np.isfinite(jct[best]):
+        return before
+    if jct[best] > (LEAVE if before else ENTER) * jct[0]:
+        return 0
+    return best if not before or jct[best] < CHANGE * jct[before] else before
