@@ -134,7 +134,6 @@ but for those that load the instances too little or too much."""
 REDUCED = (
     Cell(LONG_CHATS[160], 2, 1.5),
     Cell(EXTRACTS, 2, 0.75),
-    Cell(LONG_CHATS[64], 3, 1.5),
     Cell(Shape("prompts of 2,048, answers of 256", "random", 2), 2, 0.9),
 )
 """Enough for two instances: all mixed and 1P1D win one each, prefixes are shared and are not."""
