@@ -86,6 +86,7 @@ def loads_under(rate: float, seconds: float, *, prefill_seconds: float, answer: 
             max_tokens=answer,
             num_new_tokens=2000,
             num_new_pairs=0,
+            num_new_read=0,
             expected_end=answer,
             dispatched_at=number / rate,
         )

@@ -40,13 +40,12 @@ def test_shares_are_geometric_means_over_a_layouts_cells() -> None:
     assert "cost is beyond 1.05 in 1 of 2 cells" in render_grid(found)
 
 
-def test_cost_is_never_worse_than_the_best_fixed_layout_of_two_or_three_instances() -> None:
-    """A part of the grid: 1P1D, 2P1D and two mixed instances are each the best in one cell."""
-    found = run_grid(REDUCED, num_requests=200)
+def test_cost_is_never_worse_than_the_best_fixed_layout_of_two_instances() -> None:
+    """A part of the grid: 1P1D and two mixed instances are each the best in one cell."""
+    found = run_grid(REDUCED, num_requests=120)
     margins = found.best_margins()
-    for layout in ("2M", "1P1D", "2P1D"):
-        assert margins[layout] >= MARGIN
     for layout in ("2M", "1P1D"):
+        assert margins[layout] >= MARGIN
         assert found.failures(layout), f"always {layout} would do as well"
     assert found.failures() == []
     assert max(found.shares().values()) < 1
