@@ -35,6 +35,8 @@ class BlockAllocator:
         self.num_indexed = 0
         self.num_in_flight = 0
         self.num_idle = 0
+        self.num_landing = 0
+        """Blocks that only copies or steps keep: free as soon as those have ended."""
 
     @property
     def num_free(self) -> int:
@@ -136,6 +138,7 @@ class BlockAllocator:
                     if self._indexed[block]:
                         self.num_idle += 1
                     else:
+                        self.num_landing -= 1
                         self._free.append(block)
 
     def audit(self) -> list[str]:
@@ -155,6 +158,7 @@ class BlockAllocator:
             "indexed": (self.num_indexed, sum(self._indexed)),
             "in flight": (self.num_in_flight, sum(i > 0 for i in self._in_flight)),
             "idle": (self.num_idle, sum(map(self.is_idle, blocks))),
+            "landing": (self.num_landing, sum(map(self._is_landing, blocks))),
         }
         for name, (counted, true) in recounted.items():
             if counted != true:
@@ -190,6 +194,10 @@ class BlockAllocator:
                 state = "already indexed" if self._indexed[block] else "not held by its caller"
                 raise PoolError(f"block {block} can't be indexed: it is {state}")
 
+    def _is_landing(self, block: int) -> bool:
+        kept = self._references[block] or self._indexed[block]
+        return not kept and self._in_flight[block] > 0
+
     def _require_counted(self, blocks: Sequence[int], counts: Sequence[int], what: str) -> None:
         distinct = set(blocks)
         if len(distinct) == len(blocks):
@@ -204,4 +212,6 @@ class BlockAllocator:
         if not blocks:
             return
         self._on_content_lost(blocks)
-        self._free.extend(block for block in blocks if self._in_flight[block] == 0)
+        free = [block for block in blocks if self._in_flight[block] == 0]
+        self._free.extend(free)
+        self.num_landing += len(blocks) - len(free)

@@ -85,6 +85,11 @@ class MemPool:
         return sum(len(swap.sources) for swap in self._open_swaps if swap.to is Tier.DRAM)
 
     @property
+    def num_landing(self) -> int:
+        """Blocks of HBM that nobody keeps any more, free when the copies that touch them end."""
+        return self._blocks.of(Tier.HBM).num_landing
+
+    @property
     def has_dram(self) -> bool:
         """Whether there is a DRAM tier."""
         return self._blocks.of(Tier.DRAM).num_blocks > 0

@@ -11,6 +11,7 @@ PRIORITY_SECONDS = 2.0
 
 MAX_PRIORITY = 20
 MAX_FLOWS = 4096
+"""Tags that are kept. Beyond that the half that would hold its tenants back least is dropped."""
 
 
 class FairOrder:
@@ -34,7 +35,8 @@ class FairOrder:
         start = self.start(flow)
         self._ends[flow] = start + work
         if len(self._ends) > MAX_FLOWS:
-            self._ends = {f: end for f, end in self._ends.items() if end > self._now}
+            latest = sorted(self._ends.items(), key=lambda tag: tag[1])[MAX_FLOWS // 2 :]
+            self._ends = {flow: end for flow, end in latest if end > self._now}
         return start
 
     def served(self, start: float) -> None:

@@ -13,6 +13,7 @@ Knows blocks and tickets, no tensors and no messages.
 
 from array import array
 from bisect import insort
+from collections.abc import Callable
 from enum import Enum, auto
 from operator import attrgetter
 
@@ -61,6 +62,8 @@ class Batcher:
         self._loads = loads
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
+        self.before_preempting: Callable[[Sequence], None] = lambda _: None
+        """Hears of each running sequence that is about to lose its blocks."""
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_preemptions = 0
@@ -256,6 +259,7 @@ class Batcher:
     def _preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's blocks; it waits and computes again what the cache has lost."""
         self.num_preemptions += 1
+        self.before_preempting(sequence)
         self.finish(sequence)
         self.add(sequence)
 

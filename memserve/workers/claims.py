@@ -32,13 +32,14 @@ class Claims:
         """Blocks from the pool, or else from tickets younger than `above`, the youngest first.
 
         None when that isn't enough now: older tickets hold the blocks, or those that a younger one
-        gave up are being copied to DRAM, to be free at one of the next steps.
+        gave up are being copied to DRAM or still written to, to be free at one of the next steps.
         """
+        swapper = self._swapper
         while True:
             try:
                 return self._pool.alloc_mem(num_blocks)
             except OutOfBlocks:
-                if self._pool.num_free + self._swapper.num_coming >= num_blocks:
+                if self._pool.num_free + swapper.num_coming + swapper.num_landing >= num_blocks:
                     return None
                 youngest = max(self._give_up_by_ticket, default=above)
                 if youngest <= above:

@@ -57,6 +57,7 @@ class Departures:
         self._granularity = granularity
         self._leaving: dict[int, tuple[Sequence, float]] = {}
         self.num_withdrawn = 0
+        batcher.before_preempting = self.recall
 
     def __len__(self) -> int:
         return len(self._leaving)
@@ -116,6 +117,16 @@ class Departures:
         """Forget a ticket."""
         if ticket in self._leaving:
             self._release(self._leaving.pop(ticket)[0])
+
+    def recall(self, sequence: Sequence) -> None:
+        """A prompt loses its blocks half-way: decode it here, after it was computed again.
+
+        The decode instance must not keep room for it until then. Two instances that prefill for each
+        other would: each would hold what the other one's prompt needs to be computed again.
+        """
+        if sequence.decode_on is not None and sequence.num_published:
+            self._send(Withdrawn(sequence.ticket))
+            sequence.decode_on = None
 
     def expire(self, now: float) -> None:
         """Take back what nobody has settled in time."""

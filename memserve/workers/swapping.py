@@ -39,6 +39,11 @@ class Swapper:
         """Blocks of HBM that the swaps under way will free."""
         return 0 if self.copies.stalled else self._pool.num_leaving
 
+    @property
+    def num_landing(self) -> int:
+        """Blocks of HBM that nobody keeps any more, and that copies under way will let go of."""
+        return 0 if self.copies.stalled else self._pool.num_landing
+
     def tend(self) -> None:
         """Keep some HBM free; called once a step."""
         if self._pool.num_free < self._low and not self._pool.num_leaving:

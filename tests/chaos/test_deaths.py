@@ -19,8 +19,8 @@ from tests.e2e.servers import ServerProcess, assert_all_home
 
 MODEL = "SmolLM2-135M-Instruct"
 PREFILL, DECODE = 0, 1
-NUM_TOKENS = 64
-LONG_PROMPT = "The quick brown fox jumps over the lazy dog. " * 120
+NUM_TOKENS = 40
+LONG_PROMPT = "The quick brown fox jumps over the lazy dog. " * 80
 
 
 class Answer:

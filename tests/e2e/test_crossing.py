@@ -12,7 +12,7 @@ from tests.e2e.greedy import assert_greedy
 from tests.model import tiny
 from tests.workers.rig import Crossing, answer, assert_all_home, generation
 
-NUM_REQUESTS = 1000
+NUM_REQUESTS = 500
 NUM_PROMPTS = 20
 PROMPT_TOKENS = 64
 ANSWER_TOKENS = 16

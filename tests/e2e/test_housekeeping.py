@@ -95,11 +95,11 @@ def test_an_unknown_flag_in_the_configuration_file_is_named(tmp_path: Path) -> N
 
 
 def test_after_a_signal_streams_end_and_nothing_new_begins(log: Path) -> None:
-    with serve(*SMALL, log=log) as server:
+    with serve(*SMALL, "--shutdown-timeout", "100", log=log) as server:
         client = server.client()
         extra = {"ignore_eos": True}
         stream = client.completions.create(
-            model="", prompt="Once upon a time", max_tokens=300, stream=True, extra_body=extra
+            model="", prompt="Once upon a time", max_tokens=150, stream=True, extra_body=extra
         )
         next(stream)
         server.process.send_signal(signal.SIGTERM)

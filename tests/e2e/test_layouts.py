@@ -12,10 +12,10 @@ MODEL = "SmolLM2-135M-Instruct"
 PROMPTS = [
     "The capital of France is",
     "def fibonacci(n):\n    ",
-    "In the year 1969, " * 60,
-    "one two three four five " * 200,
+    "In the year 1969, " * 20,
+    "one two three four five " * 120,  # more than one step takes
 ]
-NUM_TOKENS = 24
+NUM_TOKENS = 16
 
 
 @pytest.fixture(scope="module")

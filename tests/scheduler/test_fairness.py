@@ -2,7 +2,7 @@
 
 import heapq
 
-from memserve.scheduler.fairness import FairOrder
+from memserve.scheduler.fairness import MAX_FLOWS, FairOrder
 
 Served = list[tuple[str, int]]
 
@@ -56,3 +56,13 @@ def test_what_idle_tenants_did_long_ago_gives_no_credit() -> None:
     served = serve([*busy, *[(50, "late", 0)] * 10, *[(50, "busy", 0)] * 10], 70)
     last = [tenant for tenant, turn in served if turn >= 50]
     assert abs(last[:10].count("late") - 5) <= 1
+
+
+def test_f6_tags_of_endlessly_many_tenants_are_bounded_and_heavy_users_are_remembered() -> None:
+    """Each of them comes once, so that virtual time stands still."""
+    fair = FairOrder()
+    fair.charge("heavy", 100.0)
+    for number in range(5 * MAX_FLOWS):
+        fair.served(fair.charge(f"tenant {number}", 1.0))
+    assert len(fair._ends) <= MAX_FLOWS
+    assert fair.start("heavy") == 100.0

@@ -60,6 +60,7 @@ class HandEngine:
         model_id: str = "oracle",
         faults: Faults | None = None,
         stall_s: float = 10.0,
+        handover_timeout: float = 0.2,
     ) -> None:
         config = EngineConfig(
             weights="",
@@ -75,7 +76,7 @@ class HandEngine:
             model_id=model_id,
             max_num_seqs=8,
             max_num_batched_tokens=16,
-            handover_timeout=0.2,
+            handover_timeout=handover_timeout,
             num_threads=1,
             log_level="info",
         )

@@ -21,6 +21,7 @@ from contextlib import asynccontextmanager, suppress
 from functools import cached_property
 from typing import ParamSpec
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -29,7 +30,7 @@ from memserve.cluster.cluster import Cluster
 from memserve.cluster.instance import InstancePlan, WorkerProcess
 from memserve.config import EngineConfig
 from memserve.generation import Generation
-from memserve.messages import Configure, Ready, SamplingParams
+from memserve.messages import Configure, Ready, SamplingParams, ToLauncher, ToWorker
 from memserve.model.sampling import Sampled
 from memserve.model.step import LayerWritten
 from memserve.pool.refs import ArenaLayout, Encoding, Tier
@@ -164,6 +165,7 @@ class ThreadWorker:
         self.failure: BaseException | None = None
         self.instance = self.epoch = -1
         self._status = 0
+        self.engine: Engine | None = None
         self._killed = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -225,7 +227,7 @@ class ThreadWorker:
         )
         if self._faults is not None:
             wrap(memory, self._faults)
-        engine = Engine(
+        engine = self.engine = Engine(
             config,
             link,
             memory.pool,
@@ -335,9 +337,20 @@ class RigOptions:
 
 @asynccontextmanager
 async def rig(
-    options: RigOptions, make_scheduler: Callable[[SchedulerConfig], Scheduler] = Scheduler
+    options: RigOptions,
+    make_scheduler: Callable[[SchedulerConfig], Scheduler] = Scheduler,
+    *,
+    workers: list[ThreadWorker] | None = None,
 ) -> AsyncIterator[Cluster]:
-    """A running cluster; at the end every block must be home and no worker may have failed."""
+    """A running cluster; at the end every block must be home and no worker may have failed.
+
+    Its workers are added to `workers` as they start.
+    """
+    workers = [] if workers is None else workers
+    # msgspec's first look at a type is no work for several threads: one sees what is half done.
+    for union in (ToWorker, ToLauncher):
+        with suppress(msgspec.ValidationError):
+            msgspec.convert(None, union)
     engine = EngineConfig(
         weights="",
         eos_token_ids=(),
@@ -357,7 +370,6 @@ async def rig(
         num_threads=1,
         log_level="info",
     )
-    workers: list[ThreadWorker] = []
 
     async def spawn(
         control: socket.socket, descriptors: socket.socket, _plan: InstancePlan
