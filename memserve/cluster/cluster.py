@@ -384,7 +384,7 @@ class Cluster:
             case Declined(ticket):
                 self._streams.declined(instance, ticket)
             case Withdrawn(ticket):
-                self._streams.withdrawn(ticket)
+                self._streams.withdrawn(instance, ticket)
             case Rejected(ticket, reason):
                 self._streams.rejected(ticket, reason)
             case Heartbeat():

@@ -213,12 +213,15 @@ class Streams:
             self._decode_where_prefilled(stream)
             stream.prefill.send(Settle(ticket, accepted=False))
 
-    def withdrawn(self, ticket: int) -> None:
-        """The prefill instance needed its blocks back."""
+    def withdrawn(self, instance: Instance, ticket: int) -> None:
+        """The prefill instance needed its blocks back, or has waited for our word in vain."""
         stream = self._streams.get(ticket)
-        if stream is None or stream.decode is stream.prefill:
+        if stream is None:  # let it not decode for nobody
+            instance.send(Abort(ticket))
             return
-        if stream.owner is stream.decode:  # it may have waited in vain for our word
+        if stream.decode is stream.prefill:
+            return
+        if stream.owner is stream.decode:
             stream.prefill.send(Settle(ticket, accepted=True))
             return
         stream.holders.discard(stream.decode.number)

@@ -254,6 +254,7 @@ class Arrivals:
     def copied(self, done: CopyDone) -> None:
         """A copy has ended: count it, or give up if a block changed under it."""
         self._pool.end_io(done.into)
+        self._swapper.copies.ended((done.ticket, done.indexes[0]))
         arrival = self._arrivals.get(done.ticket)
         if arrival is None:
             self.num_late += 1
@@ -277,9 +278,12 @@ class Arrivals:
             self._pull(arrival)
 
     def expire(self, now: float) -> None:
-        """Decline those that have waited for room for too long."""
+        """Decline those that have waited for room for too long, and all while copies hang."""
+        hang = self._swapper.copies.stalled
         for arrival in list(self._arrivals.values()):
-            if not arrival.blocks and arrival.deadline is not None and now >= arrival.deadline:
+            if hang and arrival.deadline is not None:
+                self._decline(arrival, "copies hang")
+            elif not arrival.blocks and arrival.deadline is not None and now >= arrival.deadline:
                 self._decline(arrival, "no room in time")
 
     def abort(self, ticket: int) -> None:
@@ -324,6 +328,8 @@ class Arrivals:
             self.num_pulls += self._pool.descriptor.layout.num_layers if step else 1
             arrival.num_missing += end - start
             ticket = arrival.expect.ticket
+            if not step:
+                self._swapper.copies.begun((ticket, start))
             self._start_copy(ticket, list(range(start, end)), arrival.refs[start:end], into, step)
 
     def _join(self, arrival: Arrival) -> None:

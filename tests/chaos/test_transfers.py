@@ -36,6 +36,7 @@ from tests.workers.rig import (
     SHAPE,
     RigOptions,
     answer,
+    assert_all_home,
     generation,
     oracle_answer,
     prompts,
@@ -96,6 +97,48 @@ async def test_c1_c2_a_handover_that_hangs_is_taken_back_and_its_late_end_ignore
 
         await until(ended)
         assert (await stats_of(cluster))[DECODE].num_handovers == 0
+        await assert_well(cluster)
+
+
+async def test_c1_copies_that_hang_are_noticed_without_any_timer_of_the_handover() -> None:
+    """The next prompts don't even try, until the copy thread goes on."""
+    faults = armed(holds("handover"))
+    options = RigOptions(
+        roles=PREFILL_DECODE, handover_timeout=1000, stall_s=0.2, faults={DECODE: faults}
+    )
+    async with rig(options) as cluster:
+        for number in range(3):
+            await ask(cluster, number, [number, *range(20)])
+        prefill, decode = await stats_of(cluster)
+        assert (prefill.num_withdrawn, decode.num_declined, decode.num_handovers) == (0, 3, 0)
+        assert decode.num_pulls == 2  # of the first prompt's two chunks
+        faults.release()
+        await assert_well(cluster)
+        await ask(cluster, 4, [4, *range(20)])
+        assert (await stats_of(cluster))[DECODE].num_handovers > 0
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+async def test_c1_a_prefill_instance_that_is_not_told_that_it_is_rid_of_a_prompt_asks(
+    leaves: bool,
+) -> None:
+    """Whether its client is still there or not, no answer is decoded twice."""
+    faults = armed(Fault(at="to Settle", action=Action.DROP))
+    options = RigOptions(
+        roles=PREFILL_DECODE, num_blocks=512, step_seconds=0.002, faults={PREFILL: faults}
+    )
+    async with rig(options) as cluster:
+        async with cluster.generate(generation(0, DOCUMENT, 900)) as tokens:
+            async for item in tokens:
+                if leaves and item.event.position == 20:
+                    break
+
+        async def asked() -> bool:
+            return (await stats_of(cluster))[PREFILL].num_withdrawn == 1
+
+        await until(asked)
+        await assert_all_home(cluster)
+        assert (await stats_of(cluster))[PREFILL].num_decode_tokens < 200
         await assert_well(cluster)
 
 
@@ -285,6 +328,15 @@ async def test_c3_a6_a_receiver_slower_than_its_lease_keeps_it_while_it_is_renew
         await assert_well(cluster)
 
 
+def slow() -> Faults:
+    """Every third copy of each kind takes its time."""
+    made = Faults()
+    for place in ("handover", "fetch", "pull", "swap out", "swap in", "file read", "file write"):
+        for skip in range(0, 90, 3):
+            made.arm(Fault(at=place, action=Action.DELAY, seconds=0.004, skip=skip))
+    return made
+
+
 async def test_c4_every_block_keeps_its_content_while_all_is_stored_loaded_and_computed(
     tmp_path: Path,
 ) -> None:
@@ -294,8 +346,8 @@ async def test_c4_every_block_keeps_its_content_while_all_is_stored_loaded_and_c
         num_blocks=40,
         num_dram_blocks=40,
         cache_dir=str(tmp_path),
-        copy_seconds=0.001,
         handover_timeout=2.0,
+        faults={number: slow() for number in range(2)},
         scheduler=dataclasses.replace(RETURNING, routing_policy="cost", fetch_policy="always"),
     )
     async with rig(options) as cluster:
@@ -311,6 +363,7 @@ async def test_c4_every_block_keeps_its_content_while_all_is_stored_loaded_and_c
             assert answers == [[oracle_answer(prompt, 12)] for prompt in asked]
         stats = await stats_of(cluster)
         assert sum(each.num_swapped_in_blocks for each in stats) > 0
+        assert sum(sum(one.met.values()) for one in options.faults.values()) > 50
         assert sum(each.disk.num_written_blocks for each in stats if each.disk) > 0
         await assert_well(cluster)
 

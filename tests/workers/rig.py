@@ -390,11 +390,13 @@ async def rig(
     )
     try:
         async with cluster.running():
-            yield cluster
-            await assert_all_home(cluster)
+            try:
+                yield cluster
+                await assert_all_home(cluster)
+            finally:  # or no worker could end
+                for faults in options.faults.values():
+                    faults.disarm()
     finally:
-        for faults in options.faults.values():
-            faults.disarm()
         for worker in workers:
             if worker.failure is not None and not options.expects_failures:
                 raise worker.failure
