@@ -25,7 +25,6 @@ class Progress:
         self._since = 0.0
         self.stalled = False
         """Whether nothing has ended for too long."""
-        self.num_stalls = 0
 
     def begun(self, copy: object) -> None:
         """A copy was asked for."""
@@ -49,4 +48,3 @@ class Progress:
         elif not self.stalled and now - self._since >= self._patience:
             logger.warning("%s have not moved for %g s: not waited for", self._name, self._patience)
             self.stalled = True
-            self.num_stalls += 1

@@ -82,6 +82,7 @@ class Faults:
         """Nothing more happens; what is held goes on."""
         with self._lock:
             self._armed.clear()
+            self._num_passed.clear()
         self.release()
 
     def release(self) -> None:
@@ -126,11 +127,10 @@ class Faults:
             self._kept.append(deliver)
 
     def _strike(self, place: str) -> Fault | None:
-        for fault in self._armed:
+        struck = None
+        for number, fault in enumerate(self._armed):
             if fault.at == place:
-                self._num_passed[id(fault)] += 1
-                if self._num_passed[id(fault)] > fault.skip + fault.times:
-                    continue
-                if self._num_passed[id(fault)] > fault.skip:
-                    return fault
-        return None
+                self._num_passed[number] += 1
+                if fault.skip < self._num_passed[number] <= fault.skip + fault.times:
+                    struck = struck or fault
+        return struck
