@@ -6,7 +6,7 @@ import socket
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import msgspec
 
@@ -38,6 +38,8 @@ class FaultyProcess:
 
     async def close(self) -> None:
         self._writer.close()
+        with suppress(ConnectionError):
+            await self._writer.wait_closed()
         await self._task
 
     async def _order(self, order: Order) -> None:
@@ -50,10 +52,11 @@ class FaultyProcess:
             await self._changed.wait_for(lambda: self._struck[place] >= times)
 
     async def _read(self) -> None:
-        while line := await self._reader.readline():
-            async with self._changed:
-                self._struck[msgspec.json.decode(line, type=Struck).place] += 1
-                self._changed.notify_all()
+        with suppress(ConnectionError):  # it was killed with something unread
+            while line := await self._reader.readline():
+                async with self._changed:
+                    self._struck[msgspec.json.decode(line, type=Struck).place] += 1
+                    self._changed.notify_all()
 
 
 class FaultyProcesses:
