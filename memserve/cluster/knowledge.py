@@ -17,6 +17,9 @@ from memserve.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
+MAX_BEATS = 3
+"""So many heartbeats after it was asked an instance is asked again for all of its index."""
+
 
 class Knowledge:
     """Keeps the scheduler informed."""
@@ -24,25 +27,32 @@ class Knowledge:
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         self._calibrations: Questions[Calibrated] = Questions()
-        self._reporting: set[int] = set()
-        """Instances that were asked to tell all of their index and have not begun."""
+        self._reporting: dict[int, int] = {}
+        """Instances that were asked to tell all of their index and have not begun; heartbeats since."""
 
     def index_changed(self, instance: Instance, told: IndexEvents) -> None:
         """An instance's index has changed."""
         if told.events and isinstance(told.events[0], Cleared):
-            self._reporting.discard(instance.number)
+            self._reporting.pop(instance.number, None)
         if instance.number in self._reporting:
             return
         if not self._scheduler.apply(instance.number, told):
             logger.warning("%s: events of its index are missing; asking for all", instance.name)
-            self._reporting.add(instance.number)
-            instance.send(ReportIndex())
+            self._ask_for_all(instance)
 
     def beat(self, instance: Instance, heartbeat: Heartbeat) -> None:
         """An instance tells its numbers."""
         instance.stats = heartbeat.stats
+        if instance.number in self._reporting:
+            self._reporting[instance.number] += 1
+            if self._reporting[instance.number] >= MAX_BEATS:  # the report got lost as well
+                self._ask_for_all(instance)
         if heartbeat.steps or heartbeat.copies:
             self._scheduler.learn(instance.number, heartbeat.steps, heartbeat.copies)
+
+    def _ask_for_all(self, instance: Instance) -> None:
+        self._reporting[instance.number] = 0
+        instance.send(ReportIndex())
 
     def calibrated(self, told: Calibrated) -> None:
         """An instance has timed some steps."""
@@ -82,5 +92,5 @@ class Knowledge:
 
     def lose(self, instance: Instance) -> None:
         """An instance has gone."""
-        self._reporting.discard(instance.number)
+        self._reporting.pop(instance.number, None)
         self._calibrations.lose(instance)
