@@ -56,6 +56,12 @@ LONG_CHATS = {
     length: Shape(f"chats, {scale} times as long, answers of {length}", "sharegpt", scale, length)
     for scale, length in ((4, 32), (4, 64), (4, 160), (4, 320), (8, 640))
 }
+REASONING = Shape(
+    "prompts of 8k, reasoning of 2k",
+    "random",
+    1,
+    random=RandomLengths(input_len=8192, output_len=2048, range_ratio=0.5),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +80,7 @@ class Cell:
 
 
 GRID = (
+    Cell(REASONING, 4, 0.34),
     Cell(CHATS, 2, 1.0),
     Cell(AGENTS, 2, 2.0),
     Cell(LONG_CHATS[160], 2, 1.0),
@@ -128,7 +135,7 @@ HELD_OUT = tuple(
         ("prefix-repetition", 4, None, 5, 1.2),
     )
 )
-"""Drawn at random, by a seed, out of workloads, scales, limits of answers, 2 to 5 instances and rates,
+"""Beside those that the policy was tuned on first: drawn at random, by a seed, out of workloads, scales, limits of answers, 2 to 5 instances and rates,
 but for those that load the instances too little or too much."""
 
 REDUCED = (

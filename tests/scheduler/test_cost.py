@@ -3,7 +3,7 @@
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memserve.messages import CopySample, StepSample
@@ -97,6 +97,7 @@ def test_instances_apart_have_no_contention() -> None:
     assert model.contention == pytest.approx(0.0, abs=0.02)
 
 
+@settings(deadline=None)
 @given(num=st.integers(1, 3000), cached=st.integers(0, 2000), chunk=st.integers(1, 700))
 def test_a_prefill_takes_as_long_as_its_chunks(num: int, cached: int, chunk: int) -> None:
     pairs = np.array([float(num_pairs(num, cached))])
