@@ -135,8 +135,8 @@ HELD_OUT = tuple(
         ("prefix-repetition", 4, None, 5, 1.2),
     )
 )
-"""Beside those that the policy was tuned on first: drawn at random, by a seed, out of workloads, scales, limits of answers, 2 to 5 instances and rates,
-but for those that load the instances too little or too much."""
+"""Drawn at random, by a seed, out of workloads, scales, limits of answers, 2 to 5 instances and rates,
+but for those that load the instances too little or too much. Some have since been tuned on."""
 
 REDUCED = (
     Cell(LONG_CHATS[160], 2, 1.5),
