@@ -113,8 +113,8 @@ def run(options: Options) -> Report:
         with started("chaos", source, options.flags, log_file) as server:
             findings = asyncio.run(_go(options, server, model))
             left_behind = _stop(server)
-        gaps = touched_gaps(log_file, findings.performance)
-        return _report(options, model, findings, gaps, left_behind)
+        said = log_file.read_text()
+    return _report(options, model, findings, said, left_behind)
 
 
 async def _go(options: Options, server: Started, model: PreparedModel) -> Findings:
@@ -170,7 +170,7 @@ def _report(
     options: Options,
     model: PreparedModel,
     findings: Findings,
-    gaps: Sequence[float],
+    said: str,
     left_behind: list[str],
 ) -> Report:
     performance = findings.performance
@@ -195,10 +195,11 @@ def _report(
         wrong=wrong,
         ties=sum(ties),
         failed=performance.failed,
-        pauses=pauses_of(gaps),
+        pauses=pauses_of(touched_gaps(said, performance)),
         pages_leaked=findings.pages_leaked,
         audits=findings.num_audits,
         problems=findings.problems,
+        tracebacks=said.count("Traceback"),
         left_behind=left_behind,
         launcher=(launcher_before, launcher_after),
         workers=(workers_before, workers_after),

@@ -54,6 +54,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """How often the books were recounted under load."""
     problems: list[str]
     """What the recounts found."""
+    tracebacks: int
+    """In the server's log: errors that nobody foresaw."""
     left_behind: list[str]
     """Processes that outlived the server."""
     launcher: tuple[Holding, Holding]
@@ -71,6 +73,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
                 ("failed requests", len(self.failed)),
                 ("pages leaked", self.pages_leaked),
                 ("problems in the books", len(self.problems)),
+                ("tracebacks in the log", self.tracebacks),
                 ("processes left behind", len(self.left_behind)),
                 ("convicted requests", int(self.server.get("convicted_requests", 0))),
             )
@@ -94,6 +97,7 @@ def render(report: Report) -> str:
         _pauses(report.pauses),
         f"pages leaked: {report.pages_leaked}; problems in {report.audits} recounts under load: "
         + str(len(report.problems)),
+        f"tracebacks in the server's log: {report.tracebacks}",
         f"launcher: {_held([report.launcher[0]])} → {_held([report.launcher[1]])}",
         f"workers: {_held(report.workers[0])} → {_held(report.workers[1])}",
         *map(_growth, report.growths),

@@ -5,7 +5,6 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import aiohttp
 import msgspec
@@ -242,9 +241,9 @@ class Run:
         self.findings.holdings.append((holding_of(self._server.process.pid), workers))
 
 
-def touched_gaps(log_file: Path, performance: Performance) -> list[float]:
+def touched_gaps(log: str, performance: Performance) -> list[float]:
     """The longest gaps of the streams that the server's log says were sent again."""
-    again = {(name, int(index)) for name, index in REPLAYED.findall(log_file.read_text())}
+    again = {(name, int(index)) for name, index in REPLAYED.findall(log)}
     return [performance.gaps[key] for key in again if key in performance.gaps]
 
 

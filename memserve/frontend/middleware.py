@@ -1,5 +1,6 @@
 """What happens to every request: its id, its caller, and errors in OpenAI's shape."""
 
+import asyncio
 import logging
 import math
 import traceback
@@ -70,7 +71,8 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
             response.headers["Allow"] = error.headers["Allow"]
         return response
     except ClientConnectionResetError:
-        raise  # nobody is there to be answered
+        # Nobody is there to be answered: as if aiohttp had noticed first, which ends the handler so.
+        raise asyncio.CancelledError from None
     except Exception as error:  # noqa: BLE001 - it is logged, without what it quotes
         log_failure(request_id(request), error)
         return error_response(RequestFailed("internal error"))

@@ -1,5 +1,6 @@
 """Blows on processes that only sleep."""
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -57,9 +58,13 @@ async def test_workers_are_killed_stopped_and_continued_but_never_given_up() -> 
             workers.listed, workers.set_role, seed=1, every=0.005, worker_timeout=0.02
         )
         await disturber.run(time.monotonic() + 1.5)
-        await workers.listed()
         assert all(disturber.counts.values())
         assert len(workers.roles) == disturber.counts[Blow.FLIP]
-        assert workers.states().count("T") == disturber.counts[Blow.STOP]
+        async with asyncio.timeout(10):  # signals take effect a little later
+            while sum(workers.epochs) < 6 + disturber.counts[Blow.KILL]:
+                await asyncio.sleep(0.01)
+                await workers.listed()
+            while workers.states().count("T") != disturber.counts[Blow.STOP]:
+                await asyncio.sleep(0.01)
         assert sum(workers.epochs) == 6 + disturber.counts[Blow.KILL]
         assert max(workers.epochs) <= MAX_DEATHS
