@@ -150,7 +150,7 @@ def run_task(task: Task, kind: type[Answer]) -> Answer:
         [sys.executable, "-m", "memserve.bench.entry", str(os.getpid())],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env=os.environ | thread_environment(threads),
+        env=os.environ | thread_environment(task.cores),
     ) as child:
         try:
             answer, _ = child.communicate(msgspec.json.encode(task))

@@ -138,7 +138,7 @@ def routing() -> Plan:
                     rate=rate,
                 ),
             )
-            for num_shared, rate in ((2, 1.5), (2, 3.0), (3, 1.5), (3, 3.0))
+            for num_shared, rate in ((2, 3.0), (2, 6.0), (3, 3.0), (3, 6.0))
         ),
         repeats=2,
         baseline="round-robin",

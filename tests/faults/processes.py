@@ -81,7 +81,7 @@ class FaultyProcesses:
                 str(inherited[2]),
                 stdin=asyncio.subprocess.DEVNULL,
                 pass_fds=inherited,
-                env=os.environ | thread_environment(plan.engine.num_threads),
+                env=os.environ | thread_environment(plan.cores),
             )
         self.started.append(FaultyProcess(*await asyncio.open_connection(sock=ours)))
         return process
