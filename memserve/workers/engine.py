@@ -9,7 +9,6 @@ rejection, or an abort.
 import logging
 import queue
 import time
-from array import array
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from typing import Protocol, assert_never
@@ -48,6 +47,7 @@ from memserve.pool.mempool import MemPool
 from memserve.pool.progress import StepProgress
 from memserve.pool.service import PoolService, StartPull
 from memserve.workers.batching import Batcher
+from memserve.workers.books import Books
 from memserve.workers.calibration import CopyBlocks, calibrate
 from memserve.workers.claims import Claims
 from memserve.workers.fetching import Loads, StartFetch
@@ -65,7 +65,7 @@ from memserve.workers.link import (
 )
 from memserve.workers.pulse import HEARTBEAT_S, Pulse
 from memserve.workers.samples import Samples, step_sample
-from memserve.workers.sequence import Sequence, Slice
+from memserve.workers.sequence import Sequence, Slice, submitted
 from memserve.workers.stalling import STALL_S
 from memserve.workers.storing import DiskStore
 from memserve.workers.swapping import StartSwap, Swapper
@@ -121,12 +121,12 @@ class Engine:
             pool, lambda number, reply: self._send(PoolAnswer(number, reply)), start_pull
         )
         claims = Claims(pool, self._swapper)
-        self._loads = Loads(pool, self._swapper, start_fetch, store, patience=stall_s)
+        loads = self._loads = Loads(pool, self._swapper, start_fetch, store, patience=stall_s)
         self._batcher = Batcher(
             pool,
             claims,
             self._swapper,
-            self._loads,
+            loads,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
         )
@@ -150,8 +150,10 @@ class Engine:
         )
         self._stopping = False
         self._idled = True
-        self._num_steps = self._num_prefill_tokens = self._num_decode_tokens = 0
-        self._pulse = Pulse(link.send, self.stats, samples)
+        self._books = Books(
+            pool, self._batcher, loads, self._departures, self._arrivals, self._service, store
+        )
+        self._pulse = Pulse(link.send, self._books.stats, samples)
 
     def run(self) -> None:
         """Serve until the launcher says so or has gone."""
@@ -224,7 +226,7 @@ class Engine:
     def _handle(self, event: Event) -> None:
         match event:
             case Submit():
-                self._submit(event)
+                self._batcher.add(submitted(event))
             case Expect():
                 self._arrivals.expect(event)
             case Published():
@@ -267,29 +269,11 @@ class Engine:
         """Tell the launcher what it wants to know of this worker."""
         match question:
             case Inspect(query):
-                self._send(Inspection(query, self.stats(), self.audit()))
+                self._send(Inspection(query, self._books.stats(), self._books.audit()))
             case ReportIndex():
                 self._feed.report()
             case Calibrate(query):
                 self._send(Calibrated(query, *self._calibrate()))
-
-    def _submit(self, message: Submit) -> None:
-        self._batcher.add(
-            Sequence(
-                ticket=message.ticket,
-                choice=message.choice,
-                tokens=array("i", [*message.prompt, *message.outputs]),
-                num_prompt_tokens=len(message.prompt),
-                num_given_outputs=len(message.outputs),
-                sampling=message.sampling,
-                cache_salt=message.cache_salt,
-                reuse=message.reuse,
-                decode_on=message.decode_on,
-                order=message.order,
-                first_fetched_block=message.first_fetched_block,
-                fetch=message.fetch,
-            )
-        )
 
     def _settle(self, message: Settle) -> None:
         if self._departures.settle(message.ticket, accepted=message.accepted):
@@ -304,16 +288,13 @@ class Engine:
         events: list[TokenEvent] = []
         results = iter(sampled)
         prefilled: list[Sequence] = []
-        self._num_steps += 1
+        self._books.count_step(slices)
         for part in slices:
             sequence = part.sequence
-            samples, prefilling = part.samples, sequence.prefilling
-            sequence.num_computed += part.num_tokens
-            if prefilling:
-                self._num_prefill_tokens += part.num_tokens
+            if sequence.prefilling:
                 prefilled.append(sequence)
-            else:
-                self._num_decode_tokens += 1
+            samples = part.samples
+            sequence.num_computed += part.num_tokens
             if samples:
                 events.append(self._append(sequence, next(results)))
         finished = {event.ticket for event in events if event.finish is not None}
@@ -356,50 +337,9 @@ class Engine:
         )
 
     def audit(self) -> list[str]:
-        """Recount every block from scratch; the problems found, none when the books are right."""
-        holdings: dict[str, Items[int]] = {
-            "arrivals": self._arrivals.blocks,
-            "others": self._service.blocks,
-        }
-        held = (*self._batcher.running, *self._batcher.loading, *self._departures.sequences)
-        for sequence in held:
-            holdings[f"ticket {sequence.ticket}"] = sequence.blocks
-        return self._pool.audit(holdings)
+        """See `memserve.workers.books.Books.audit`."""
+        return self._books.audit()
 
     def stats(self) -> EngineStats:
-        """Counters since start and gauges of now."""
-        pool = self._pool.stats()
-        num_pulled = self._arrivals.num_pulled_blocks + self._service.num_pulled_blocks
-        block_bytes = self._pool.descriptor.layout.block_bytes
-        return EngineStats(
-            num_running=len(self._batcher.running),
-            num_waiting=len(self._batcher.waiting) + len(self._batcher.loading),
-            num_incoming=len(self._arrivals),
-            num_steps=self._num_steps,
-            num_preemptions=self._batcher.num_preemptions,
-            num_prefill_tokens=self._num_prefill_tokens,
-            num_decode_tokens=self._num_decode_tokens,
-            num_cached_tokens=pool.hit_tokens,
-            num_queried_tokens=pool.queried_tokens,
-            num_pulls=self._arrivals.num_pulls,
-            num_pulled_blocks=num_pulled,
-            num_pulled_bytes=num_pulled * block_bytes,
-            num_returned_blocks=self._service.num_returned_blocks,
-            num_failed_pulls=self._arrivals.num_failed_pulls + self._service.num_failed_pulls,
-            num_fetched_blocks=self._loads.num_fetched_blocks,
-            num_fetched_bytes=self._loads.num_fetched_blocks * block_bytes,
-            num_failed_fetches=self._loads.num_failed_fetches,
-            num_handovers=self._arrivals.num_handovers,
-            num_declined=self._arrivals.num_declined,
-            num_withdrawn=self._departures.num_withdrawn,
-            num_given_up_loads=self._batcher.num_given_up_loads,
-            num_late_copies=self._arrivals.num_late + self._loads.num_late + self._service.num_late,
-            num_expired_leases=self._service.num_expired,
-            num_evictions=pool.evictions,
-            num_swapped_out_blocks=pool.swapped_out,
-            num_swapped_in_blocks=pool.swapped_in,
-            num_swapped_bytes=(pool.swapped_out + pool.swapped_in) * block_bytes,
-            hbm=pool.hbm,
-            dram=pool.dram,
-            disk=None if self._store is None else self._store.stats(),
-        )
+        """See `memserve.workers.books.Books.stats`."""
+        return self._books.stats()

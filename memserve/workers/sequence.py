@@ -3,7 +3,7 @@
 from array import array
 from dataclasses import dataclass, field
 
-from memserve.messages import SamplingParams
+from memserve.messages import SamplingParams, Submit
 from memserve.pool.refs import BlockRef
 
 
@@ -73,6 +73,24 @@ class Sequence:
         if newest in eos_token_ids and not self.sampling.ignore_eos:
             return "stop"
         return "length" if self.num_outputs >= self.sampling.max_tokens else None
+
+
+def submitted(message: Submit) -> Sequence:
+    """The sequence that a worker is sent: it holds no blocks and nothing of it is computed."""
+    return Sequence(
+        ticket=message.ticket,
+        choice=message.choice,
+        tokens=array("i", [*message.prompt, *message.outputs]),
+        num_prompt_tokens=len(message.prompt),
+        num_given_outputs=len(message.outputs),
+        sampling=message.sampling,
+        cache_salt=message.cache_salt,
+        reuse=message.reuse,
+        decode_on=message.decode_on,
+        order=message.order,
+        first_fetched_block=message.first_fetched_block,
+        fetch=message.fetch,
+    )
 
 
 @dataclass(frozen=True, slots=True)
