@@ -172,6 +172,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     handover_timeout: float
     transfer_granularity: str = "chunk"
     """`chunk`, `request` or `layer`: when a prompt's blocks are published to its decode instance."""
+    group_timeout: float = 5.0
+    """Seconds without a sign of life after which another rank of a group is given up."""
     num_threads: int
     log_level: str
 

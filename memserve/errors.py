@@ -139,3 +139,12 @@ class StaleReference(PoolError):
 
 class ChannelClosed(MemserveError):
     """The process at the other end of a channel has gone."""
+
+
+class GroupBroken(MemserveError):
+    """A group of instances can't go on with a prompt; nothing of the step under way may be used."""
+
+    def __init__(self, reason: str, *, waited_for: int | None = None) -> None:
+        super().__init__(reason)
+        self.waited_for = waited_for
+        """The instance that did not do its part in time."""

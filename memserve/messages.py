@@ -312,6 +312,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_remote_bytes: int = 0
     num_gathered_blocks: int = 0
     """Blocks of a group's other ranks copied here by the leader."""
+    num_kept_blocks: int = 0
+    """Active blocks of history that lies on several instances: it gives way like other history."""
     hbm: TierStats | None = None
     dram: TierStats | None = None
     """None where there is no DRAM tier."""

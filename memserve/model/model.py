@@ -59,6 +59,11 @@ class Model:
         """Name of the attention implementation, for the log."""
         return self._attention.name
 
+    @property
+    def reads_in_place(self) -> bool:
+        """Whether it can attend to blocks of other arenas where they lie."""
+        return self._attention.kernels is not None
+
     @torch.inference_mode()
     def forward(
         self, step: StepInput, arena: torch.Tensor, written: LayerWritten | None = None

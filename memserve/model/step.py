@@ -33,3 +33,7 @@ class StepInput:
     """int32 [S, max_blocks]; entries beyond a sequence's length are never read"""
     output_rows: torch.Tensor
     """int64 [N]: the tokens, counted in the step, whose logits are wanted"""
+    offsets: torch.Tensor | None = None
+    """int64 [S, max_blocks]: elements from the arena's first to each block's, for blocks that lie in
+    other arenas too; these are only read, and only the compiled kernels can. None: all lie in the
+    arena that the step is run on, at their numbers."""

@@ -56,12 +56,12 @@ template <class T>
 void find_rows(const Call& call, const Unit& unit, int begin, int count,
                const T** addresses) {
     const Step& step = *call.step;
-    const int32_t* table = step.block_table + unit.sequence * step.table_stride;
+    const int64_t* offsets = step.offsets + unit.sequence * step.table_stride;
     const int64_t stride = int64_t(step.num_kv_heads) * step.head_dim;
     int block = begin / step.block_size;
     int row = begin % step.block_size;
     for (int j = 0; j < count;) {
-        const T* base = static_cast<const T*>(step.arena) + table[block] * step.block_stride +
+        const T* base = static_cast<const T*>(step.arena) + offsets[block] +
                         call.layer * step.layer_stride;
         for (; row < step.block_size && j < count; row++, j++) addresses[j] = base + row * stride;
         row = 0;

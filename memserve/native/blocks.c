@@ -91,6 +91,17 @@ int64_t memserve_copy_blocks(char *destination, const int64_t *destination_block
     return num_ok;
 }
 
+/* Whether n blocks, which were read in place, still have the expected generations. */
+int32_t memserve_generations_hold(const generation_t *table, const int64_t *blocks,
+                                  const uint32_t *expected, int64_t n) {
+    atomic_thread_fence(memory_order_seq_cst);
+    for (int64_t i = 0; i < n; i++)
+        if (atomic_load_explicit((generation_t *)&table[blocks[i]], memory_order_relaxed) !=
+            expected[i])
+            return 0;
+    return 1;
+}
+
 /* Copies n blocks of block_bytes each between two arenas of this process, whose owner keeps both ends
  * from changing meanwhile. */
 void memserve_move_blocks(char *destination, const int64_t *destination_blocks, const char *source,

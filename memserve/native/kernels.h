@@ -118,17 +118,17 @@ inline floats silu(floats x) {
     return x / (exponential(-bounded) + 1.0f);
 }
 
-// One step's sequences and the arena they live in. Strides count elements; mirrored in Python
-// (memserve/model/attention/native.py).
+// One step's sequences and where their blocks lie. Strides and offsets count elements; mirrored in
+// Python (memserve/model/attention/native.py). A block that is only read may lie in another arena of
+// the same layout: offsets may be negative.
 struct Step {
     void* arena;            // [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]
-    int64_t block_stride;
     int64_t layer_stride;
     int64_t value_stride;   // from a key to its value
     const int64_t* positions;    // [num_tokens]
     const int32_t* query_start;  // [num_sequences + 1]
     const int32_t* kv_len;       // [num_sequences]
-    const int32_t* block_table;  // [num_sequences, table_stride]
+    const int64_t* offsets;      // [num_sequences, table_stride], of blocks, from `arena` on
     int64_t table_stride;
     int32_t num_sequences;
     int32_t num_tokens;
@@ -141,11 +141,10 @@ struct Step {
 
 // Where the key of `position` of a sequence lies, for the first KV head.
 template <class T>
-T* key_row(const Step& step, int64_t layer, const int32_t* table, int64_t position) {
-    int64_t block = table[position / step.block_size];
+T* key_row(const Step& step, int64_t layer, const int64_t* offsets, int64_t position) {
     int64_t row = position % step.block_size;
-    return static_cast<T*>(step.arena) + block * step.block_stride + layer * step.layer_stride +
-           row * step.num_kv_heads * step.head_dim;
+    return static_cast<T*>(step.arena) + offsets[position / step.block_size] +
+           layer * step.layer_stride + row * step.num_kv_heads * step.head_dim;
 }
 
 }  // namespace memserve

@@ -104,8 +104,8 @@ void rotate_and_write(const Step& step, int64_t layer, T* qkv, const float* cosi
         const int32_t* end = step.query_start + step.num_sequences + 1;
         const int64_t sequence =
             std::upper_bound(step.query_start, end, int32_t(t)) - step.query_start - 1;
-        const int32_t* table = step.block_table + sequence * step.table_stride;
-        T* slot = key_row<T>(step, layer, table, step.positions[t]);
+        const int64_t* offsets = step.offsets + sequence * step.table_stride;
+        T* slot = key_row<T>(step, layer, offsets, step.positions[t]);
         std::memcpy(slot, row + queries * width, keys * width * sizeof(T));
         std::memcpy(slot + step.value_stride, row + (queries + keys) * width,
                     keys * width * sizeof(T));
@@ -129,12 +129,25 @@ void write_all(const Step& step, int64_t layer, const T* key, int64_t key_stride
                int64_t value_stride) {
     const int64_t width = int64_t(step.num_kv_heads) * step.head_dim;
     for (int s = 0; s < step.num_sequences; s++) {
-        const int32_t* table = step.block_table + s * step.table_stride;
+        const int64_t* offsets = step.offsets + s * step.table_stride;
         for (int64_t t = step.query_start[s]; t < step.query_start[s + 1]; t++) {
-            T* row = key_row<T>(step, layer, table, step.positions[t]);
+            T* row = key_row<T>(step, layer, offsets, step.positions[t]);
             std::memcpy(row, key + t * key_stride, width * sizeof(T));
             std::memcpy(row + step.value_stride, value + t * value_stride, width * sizeof(T));
         }
+    }
+}
+
+template <class T>
+void gather(const Step& step, int64_t layer, int32_t sequence, int64_t first, int64_t count,
+            T* keys, T* values) {
+    const int64_t* offsets = step.offsets + sequence * step.table_stride + first;
+    const int64_t size = int64_t(step.block_size) * step.num_kv_heads * step.head_dim;
+#pragma omp parallel for if (count * size >= PARALLEL_FROM)
+    for (int64_t i = 0; i < count; i++) {
+        const T* block = static_cast<const T*>(step.arena) + offsets[i] + layer * step.layer_stride;
+        std::memcpy(keys + i * size, block, size * sizeof(T));
+        std::memcpy(values + i * size, block + step.value_stride, size * sizeof(T));
     }
 }
 
@@ -193,5 +206,17 @@ void memserve_write_kv(const memserve::Step* step, int64_t layer, const void* ke
     else
         memserve::write_all(*step, layer, static_cast<const float*>(key), key_stride,
                             static_cast<const float*>(value), value_stride);
+}
+
+// Copies keys and values of `count` blocks of a sequence, from number `first` on, one block behind the
+// other: [count * block_size, num_kv_heads, head_dim] each.
+void memserve_gather_kv(const memserve::Step* step, int64_t layer, int32_t sequence, int64_t first,
+                        int64_t count, void* keys, void* values) {
+    if (step->is_bfloat16)
+        memserve::gather(*step, layer, sequence, first, count, static_cast<bfloat16*>(keys),
+                         static_cast<bfloat16*>(values));
+    else
+        memserve::gather(*step, layer, sequence, first, count, static_cast<float*>(keys),
+                         static_cast<float*>(values));
 }
 }

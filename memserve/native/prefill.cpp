@@ -86,13 +86,13 @@ void pack_tile(const Call& call, const Job& job, int tile, E* scratch) {
     const int width = call.width();
     const int begin = job.begin + tile * TOKENS;
     const int visible = std::min(TOKENS, step.kv_len[job.sequence] - begin);
-    const int32_t* table = step.block_table + job.sequence * step.table_stride;
+    const int64_t* offsets = step.offsets + job.sequence * step.table_stride;
     const int64_t offset = int64_t(job.kv_head) * step.head_dim;
     E* keys = scratch + job.keys + int64_t(tile) * TOKENS * width;
     alignas(64) E values[TOKENS * MAX_WIDTH];
     for (int t = 0; t < TOKENS; t++) {
         const T* key = nullptr;
-        if (t < visible) key = key_row<const T>(step, call.layer, table, begin + t) + offset;
+        if (t < visible) key = key_row<const T>(step, call.layer, offsets, begin + t) + offset;
         const T* value = key == nullptr ? nullptr : key + step.value_stride;
         copy_row(key, step.head_dim, width, keys + t * width);
         copy_row(value, step.head_dim, width, values + t * width);

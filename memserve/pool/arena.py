@@ -20,7 +20,11 @@ from memserve.errors import UsageError
 from memserve.machine import available_memory
 from memserve.pool.generations import GenerationTable, NativeBlocks
 from memserve.pool.header import (
+    ALIVE_OFFSET,
     GENERATIONS_OFFSET,
+    GROUP_SLOT_BYTES,
+    GROUP_SLOTS_OFFSET,
+    NUM_GROUP_SLOTS,
     PROGRESS_OFFSET,
     blocks_offset,
     pack_header,
@@ -44,8 +48,8 @@ class Arena:
     `tensor` is [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim] of the layout's
     dtype, zero at first; K stands at index 0 of the third dimension, V at 1. If the layout's encoding
     is int8, it is uint8 [num_blocks, block_bytes] (see `memserve.pool.int8`). `generations` counts the
-    contents of each block. `address` is where block 0 lies in this process. `progress_word` is for
-    `memserve.pool.progress`.
+    contents of each block. `address` is where block 0 lies in this process. `progress_word`,
+    `group_slots` (one word each) and `alive_word` are for `memserve.pool.progress`.
 
     Raises UsageError, with what to lower, if the machine lacks the memory.
     """
@@ -89,6 +93,10 @@ class Arena:
         self.progress_word = np.frombuffer(
             self._map, dtype=np.uint64, count=1, offset=PROGRESS_OFFSET
         )
+        words = np.frombuffer(self._map, dtype=np.uint64, count=GENERATIONS_OFFSET // 8)
+        first, step = GROUP_SLOTS_OFFSET // 8, GROUP_SLOT_BYTES // 8
+        self.group_slots = words[first : first + NUM_GROUP_SLOTS * step : step]
+        self.alive_word = words[ALIVE_OFFSET // 8 :][:1]
         self.address: int = self.tensor.data_ptr()
         logger.info(
             "arena of %d blocks, %.2f GiB (instance %d, epoch %d, tier %s, %s)",
@@ -108,7 +116,8 @@ class Arena:
         self.fd = -1
         # The map goes with the last view of it that anybody holds. Closing it here would pull the
         # memory from under those views: a tensor made by `frombuffer` doesn't guard against that.
-        del self.tensor, self.generations, self.progress_word, self._map
+        del self.tensor, self.generations, self._map
+        del self.progress_word, self.group_slots, self.alive_word
 
 
 def _reserve(fd: int, size: int) -> mmap.mmap:

@@ -40,6 +40,9 @@ class NativeBlocks:
         self._move = library.memserve_move_blocks
         self._move.argtypes = [pointer, pointer, pointer, pointer, number, number]
         self._move.restype = None
+        self._hold = library.memserve_generations_hold
+        self._hold.argtypes = [pointer, pointer, pointer, number]
+        self._hold.restype = ctypes.c_int32
         self._convert = library.memserve_convert_blocks
         self._convert.argtypes = [
             *(pointer, pointer, pointer, pointer, pointer, pointer),
@@ -85,6 +88,14 @@ class NativeBlocks:
             ok.ctypes.data,
         )
         return [bool(flag) for flag in ok.tolist()]
+
+    def hold(self, table: int, blocks: Int64s, expected: Uint32s) -> bool:
+        """Whether blocks that were read where they lie have the expected generations still.
+
+        Their owner's table is at the address `table`; the numbers must be within it.
+        """
+        args = (table, blocks.ctypes.data, expected.ctypes.data, len(blocks))
+        return bool(self._hold(*args))
 
     def move(
         self,

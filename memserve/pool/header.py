@@ -2,7 +2,7 @@
 
     [header, one page][generations, uint32 per block, whole pages][blocks, page-aligned]
 
-The header's page also holds the word of `memserve.pool.progress`.
+The header's page also holds the words of `memserve.pool.progress`.
 
 Numbers are little-endian. No torch here.
 """
@@ -14,13 +14,21 @@ from memserve.pool.refs import ArenaDescriptor, ArenaLayout
 
 PAGE_BYTES = 4096
 MAGIC = b"MSRVKV\r\n"
-VERSION = 2
+VERSION = 3
 
 # magic, version, tier, instance, epoch, layout digest, total bytes
 _HEADER = struct.Struct("<8sIIQQ16sQ")
 
 PROGRESS_OFFSET = 128
 """Byte offset of the progress word, 8 bytes on a cache line of their own."""
+
+ALIVE_OFFSET = 192
+"""Byte offset of the word that grows for as long as the owner's engine runs."""
+
+GROUP_SLOTS_OFFSET = 1024
+"""Byte offset of the slots that tell how far groups have come, each on a cache line of its own."""
+NUM_GROUP_SLOTS = 16
+GROUP_SLOT_BYTES = 64
 
 GENERATIONS_OFFSET = PAGE_BYTES
 

@@ -7,6 +7,10 @@ a layer counted sees that layer's bytes; a reader sleeps until the word has grow
 Only a step that somebody was told of is numbered: `begin` it after the announcement, call `written`
 after each layer, and `end` it. Needs the compiled calls (`memserve/native/progress.c`). Which blocks a
 step writes is no affair of this module, and a word says nothing about their generations.
+
+Instances that prefill a prompt together (`memserve.parallel`) have slots of such words beside it:
+group `number` has slot `number` modulo their count, and its word holds the number, the chunk and its
+layers. Another word grows with every sign of life of the owner's engine.
 """
 
 import ctypes
@@ -17,6 +21,12 @@ import numpy as np
 import numpy.typing as npt
 
 from memserve.native.build import load_library
+from memserve.pool.header import (
+    ALIVE_OFFSET,
+    GROUP_SLOT_BYTES,
+    GROUP_SLOTS_OFFSET,
+    NUM_GROUP_SLOTS,
+)
 
 LAYER_BITS = 16
 
@@ -77,3 +87,56 @@ class StepProgress:
     def end(self) -> None:
         """All of the step is written."""
         self.written(self._num_layers)
+
+
+CHUNK_BITS = 16
+
+
+def group_word(number: int, chunk: int, num_layers: int) -> int:
+    """The value of a group's slot once its owner has written so many layers of a chunk.
+
+    No layers: all chunks before it are written, and the owner is ready for this one.
+    """
+    return (number << CHUNK_BITS | chunk) << LAYER_BITS | num_layers
+
+
+@final
+class GroupProgress:
+    """How far the groups have come that this instance takes part in, and how far others say they are.
+
+    `slots` and `alive` are the owner's words; of a peer's arena, the address of its header is named.
+    """
+
+    def __init__(
+        self,
+        slots: npt.NDArray[np.uint64],
+        alive: npt.NDArray[np.uint64],
+        num_layers: int,
+        native: NativeProgress,
+    ) -> None:
+        if num_layers >= 1 << LAYER_BITS:
+            raise ValueError(f"{num_layers} layers can't be counted in {LAYER_BITS} bits")
+        self._slots = slots
+        self._address = int(slots.ctypes.data)
+        self._alive = alive
+        self._native = native
+
+    def tell(self, number: int, chunk: int, num_layers: int) -> None:
+        """All chunks before this one, and so many of its layers, are in the arena."""
+        slot = self._address + number % NUM_GROUP_SLOTS * GROUP_SLOT_BYTES
+        self._native.store(slot, group_word(number, chunk, num_layers))
+
+    def beat(self) -> None:
+        """The engine runs."""
+        self._alive[0] += np.uint64(1)
+
+    def hear(self, header: int, number: int, wanted: int, seconds: float) -> int:
+        """The word of a peer's slot for a group, as soon as it is `wanted` or after `seconds`."""
+        slot = header + GROUP_SLOTS_OFFSET + number % NUM_GROUP_SLOTS * GROUP_SLOT_BYTES
+        value: int = self._native.wait(slot, wanted, seconds)
+        return value
+
+    def life(self, header: int) -> int:
+        """How many signs of life a peer has given."""
+        value: int = self._native.wait(header + ALIVE_OFFSET, 0, 0.0)
+        return value

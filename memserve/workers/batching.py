@@ -81,17 +81,22 @@ class Batcher:
     def run(self, sequence: Sequence) -> None:
         """Run a sequence that holds its blocks already."""
         insort(self.running, sequence, key=BY_TICKET)
-        self._claims.hold(sequence.ticket, lambda: self._preempt(sequence))
+        if not sequence.spread:
+            self._claims.hold(sequence.ticket, lambda: self._preempt(sequence))
 
     def suspend(self, sequence: Sequence) -> None:
         """Stop running a sequence that keeps its blocks; its claim passes to the caller."""
         self.running.remove(sequence)
 
     def finish(self, sequence: Sequence) -> None:
-        """Drop a running sequence; its complete blocks become historical."""
+        """Drop a running sequence; its complete blocks become historical.
+
+        Blocks that lie on several instances, and their claim, stay with who keeps them.
+        """
         self.running.remove(sequence)
-        self._claims.drop(sequence.ticket)
-        self.release(sequence)
+        if not sequence.spread:
+            self._claims.drop(sequence.ticket)
+            self.release(sequence)
 
     def abort(self, ticket: int) -> None:
         """Drop a sequence wherever it is; what it computed may serve others."""
@@ -146,18 +151,21 @@ class Batcher:
     def share(self, sequence: Sequence) -> None:
         """Index the complete blocks of a sequence, so that others match them."""
         num_full = sequence.num_computed // self._pool.block_size
-        if num_full and sequence.reuse:
+        if num_full and sequence.reuse and not sequence.spread:
             tokens = sequence.tokens[: num_full * self._pool.block_size]
             self._pool.insert(tokens, sequence.blocks[:num_full], sequence.cache_salt)
 
-    def schedule(self) -> list[Slice]:
-        """The slices of the next step, in batch order; empty when nothing can run."""
+    def schedule(self, *, prefill: bool = True) -> list[Slice]:
+        """The slices of the next step, in batch order; empty when nothing can run.
+
+        Without `prefill` only decoding sequences get their token.
+        """
         budget = self._max_num_batched_tokens
         decoding = [sequence for sequence in self.running if sequence.num_pending == 1]
         grown = [Slice(sequence, 1) for sequence in decoding if self._grow(sequence)]
         # One that has grown may have been preempted since, for the sake of an older one.
         slices = [part for part in grown if part.sequence.blocks]
-        budget -= len(slices)
+        budget = budget - len(slices) if prefill else 0
         for sequence in self.running:
             if budget > 0 and sequence.num_pending > 1:
                 slices.append(Slice(sequence, min(sequence.num_pending, budget)))
@@ -217,7 +225,7 @@ class Batcher:
             if self._swapper.make_room(needed + spare):
                 return Admission.NO_ROOM
             try:
-                reserve = self._pool.alloc_mem(needed + spare)
+                reserve = self._claims.allocate_spare(needed + spare)
             except OutOfBlocks:
                 return Admission.NO_ROOM
             self._pool.free_mem(reserve[needed:])

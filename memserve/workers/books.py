@@ -14,6 +14,7 @@ from memserve.pool.service import PoolService
 from memserve.workers.batching import Batcher
 from memserve.workers.fetching import Loads
 from memserve.workers.handover import Arrivals, Departures
+from memserve.workers.parallel import Groups
 from memserve.workers.sequence import Slice
 from memserve.workers.storing import DiskStore
 
@@ -30,6 +31,7 @@ class Books:
         departures: Departures,
         arrivals: Arrivals,
         service: PoolService,
+        groups: Groups,
         store: DiskStore | None,
     ) -> None:
         self._pool = pool
@@ -38,6 +40,7 @@ class Books:
         self._departures = departures
         self._arrivals = arrivals
         self._service = service
+        self._groups = groups
         self._store = store
         self._num_steps = self._num_prefill_tokens = self._num_decode_tokens = 0
 
@@ -55,10 +58,12 @@ class Books:
         holdings: dict[str, Items[int]] = {
             "arrivals": self._arrivals.blocks,
             "others": self._service.blocks,
+            **self._groups.holdings,
         }
         held = (*self._batcher.running, *self._batcher.loading, *self._departures.sequences)
         for sequence in held:
-            holdings[f"ticket {sequence.ticket}"] = sequence.blocks
+            if not sequence.spread:
+                holdings[f"ticket {sequence.ticket}"] = sequence.blocks
         return self._pool.audit(holdings)
 
     def stats(self) -> EngineStats:
@@ -68,7 +73,9 @@ class Books:
         block_bytes = self._pool.descriptor.layout.block_bytes
         return EngineStats(
             num_running=len(self._batcher.running),
-            num_waiting=len(self._batcher.waiting) + len(self._batcher.loading),
+            num_waiting=len(self._batcher.waiting)
+            + len(self._batcher.loading)
+            + self._groups.num_unfinished,
             num_incoming=len(self._arrivals),
             num_steps=self._num_steps,
             num_preemptions=self._batcher.num_preemptions,
@@ -94,6 +101,11 @@ class Books:
             num_swapped_out_blocks=pool.swapped_out,
             num_swapped_in_blocks=pool.swapped_in,
             num_swapped_bytes=(pool.swapped_out + pool.swapped_in) * block_bytes,
+            num_group_steps=self._groups.turns.num_steps,
+            num_gathered_blocks=self._groups.num_gathered_blocks,
+            num_kept_blocks=self._groups.num_kept_blocks,
+            num_remote_blocks=self._groups.num_remote_blocks,
+            num_remote_bytes=self._groups.num_remote_blocks * block_bytes,
             hbm=pool.hbm,
             dram=pool.dram,
             disk=None if self._store is None else self._store.stats(),

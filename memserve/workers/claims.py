@@ -19,6 +19,7 @@ class Claims:
         self._pool = pool
         self._swapper = swapper
         self._give_up_by_ticket: dict[int, Callable[[], None]] = {}
+        self._let_go_by_ticket: dict[int, Callable[[], None]] = {}  # the oldest first
 
     def hold(self, ticket: int, give_up: Callable[[], None]) -> None:
         """Record that a ticket holds blocks; `give_up` must free them and call `drop`."""
@@ -27,6 +28,21 @@ class Claims:
     def drop(self, ticket: int) -> None:
         """Record that a ticket holds no blocks any more."""
         self._give_up_by_ticket.pop(ticket, None)
+        self._let_go_by_ticket.pop(ticket, None)
+
+    def keep(self, ticket: int, let_go: Callable[[], None]) -> None:
+        """Record that what a ticket holds is history, for whoever needs room; as `hold` otherwise."""
+        self._let_go_by_ticket[ticket] = let_go
+
+    def allocate_spare(self, num_blocks: int) -> list[int]:
+        """Blocks that no running request holds; raises OutOfBlocks."""
+        while True:
+            try:
+                return self._pool.alloc_mem(num_blocks)
+            except OutOfBlocks:
+                if not self._let_go_by_ticket:
+                    raise
+                next(iter(self._let_go_by_ticket.values()))()
 
     def allocate(self, num_blocks: int, *, above: int) -> list[int] | None:
         """Blocks from the pool, or else from tickets younger than `above`, the youngest first.
@@ -37,7 +53,7 @@ class Claims:
         swapper = self._swapper
         while True:
             try:
-                return self._pool.alloc_mem(num_blocks)
+                return self.allocate_spare(num_blocks)
             except OutOfBlocks:
                 if self._pool.num_free + swapper.num_coming + swapper.num_landing >= num_blocks:
                     return None

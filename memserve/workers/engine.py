@@ -10,12 +10,12 @@ import logging
 import queue
 import time
 from collections.abc import Callable
-from collections.abc import Sequence as Items
-from typing import Protocol, assert_never
+from typing import assert_never
 
 import msgspec
 
 from memserve.config import EngineConfig
+from memserve.errors import GroupBroken
 from memserve.messages import (
     Abort,
     Calibrate,
@@ -41,11 +41,11 @@ from memserve.messages import (
     Tokens,
 )
 from memserve.model.sampling import Sampled
-from memserve.model.step import LayerWritten
 from memserve.parallel.messages import KeepBlocks, StartGroup
 from memserve.pool.mempool import MemPool
-from memserve.pool.progress import StepProgress
+from memserve.pool.progress import GroupProgress, StepProgress
 from memserve.pool.service import PoolService, StartPull
+from memserve.pool.space import BlockSpace
 from memserve.workers.batching import Batcher
 from memserve.workers.books import Books
 from memserve.workers.calibration import CopyBlocks, calibrate
@@ -63,25 +63,17 @@ from memserve.workers.link import (
     PullDone,
     SwapDone,
 )
+from memserve.workers.mailbox import Mailbox
+from memserve.workers.parallel import Groups
 from memserve.workers.pulse import HEARTBEAT_S, Pulse
+from memserve.workers.runner import StepRunner
 from memserve.workers.samples import Samples, step_sample
-from memserve.workers.sequence import Sequence, Slice, submitted
+from memserve.workers.sequence import Sequence, Slice, submitted, without
 from memserve.workers.stalling import STALL_S
 from memserve.workers.storing import DiskStore
 from memserve.workers.swapping import StartSwap, Swapper
 
 logger = logging.getLogger(__name__)
-
-
-class StepRunner(Protocol):
-    """Computes a step: `memserve.workers.runner.Runner`."""
-
-    def run(self, slices: Items[Slice], written: LayerWritten | None = None) -> list[Sampled]:
-        """Write the KV of all slices; one result for each that samples, in their order.
-
-        `written` may be told of the layers as they are written.
-        """
-        ...
 
 
 class Engine:
@@ -104,7 +96,10 @@ class Engine:
         samples: Samples,
         store: DiskStore | None = None,
         stall_s: float = STALL_S,
+        space: BlockSpace | None = None,
+        group_progress: GroupProgress | None = None,
     ) -> None:
+        """Without `space` and `group_progress` the instance takes part in no group."""
         self._config = config
         self._link = link
         self._pool = pool
@@ -148,12 +143,36 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             timeout=config.handover_timeout,
         )
+        self._mail = Mailbox(link.inbox)
+        self._groups = Groups(
+            pool,
+            self._batcher,
+            self._departures,
+            claims,
+            self._swapper,
+            self._mail,
+            self._send,
+            start_copy,
+            space=space,
+            progress=group_progress,
+            beat=self._beat,
+            config=config,
+        )
+        self._turns = self._groups.turns
         self._stopping = False
         self._idled = True
         self._books = Books(
-            pool, self._batcher, loads, self._departures, self._arrivals, self._service, store
+            pool,
+            self._batcher,
+            loads,
+            self._departures,
+            self._arrivals,
+            self._service,
+            self._groups,
+            store,
         )
-        self._pulse = Pulse(link.send, self._books.stats, samples)
+        sign = None if group_progress is None else group_progress.beat
+        self._pulse = Pulse(link.send, self._books.stats, samples, sign)
 
     def run(self) -> None:
         """Serve until the launcher says so or has gone."""
@@ -172,35 +191,59 @@ class Engine:
         self._arrivals.expire(now)
         self._service.expire(now)
         self._batcher.expire(now)
+        self._groups.expire(now)
         self._arrivals.reserve()
+        self._groups.reserve()
+        self._groups.gather()
         self._swapper.tend()
-        slices = self._batcher.schedule()
+        slices = self._schedule()
         if slices:
             self._run(slices)
+        elif self._turns:
+            self._turns.pause()
         else:
             self._idled = True
         self._feed.flush()
         self._pulse.beat()
-        return bool(slices)
+        return bool(slices) or bool(self._turns)
+
+    def _schedule(self) -> list[Slice]:
+        """What the next step computes: a chunk of a group, if all its ranks are ready, comes first."""
+        ready = self._turns.ready()
+        slices = self._batcher.schedule(prefill=not ready and not self._turns.under_way)
+        return slices + self._turns.slices()
 
     def _run(self, slices: list[Slice]) -> None:
         """Compute a step, timed, and record what came out."""
         start = time.perf_counter()
-        sampled = self._compute(slices)
+        try:
+            sampled = self._compute(slices)
+        except GroupBroken as error:  # the other rows of the step are computed again
+            self._turns.broke(error)
+            return
         seconds = time.perf_counter() - start
-        self._samples.add_step(step_sample(slices, seconds, after_idling=self._idled))
+        num_ranks = self._turns.num_ranks
+        sample = step_sample(slices, seconds, num_ranks=num_ranks, after_idling=self._idled)
+        self._samples.add_step(sample)
         self._idled = False
+        changed = self._groups.verified(slices)
+        if changed:
+            slices, sampled = without(changed, slices, sampled)
         self._absorb(slices, sampled)
 
     def _compute(self, slices: list[Slice]) -> list[Sampled]:
         """Run a step; if peers were told that they may follow it, let them."""
+        others = [self._turns.written] if self._turns.num_ranks > 1 else []
         progress = self._progress
         if progress is None or not self._departures.announce(slices, progress.next_step):
-            return self._runner.run(slices, self._pulse.written)
+            return self._runner.run(slices, self._pulse.after(*others))
         progress.begin()
-        sampled = self._runner.run(slices, self._pulse.also(progress.written))
+        sampled = self._runner.run(slices, self._pulse.after(progress.written, *others))
         progress.end()
         return sampled
+
+    def _beat(self) -> None:
+        self._pulse.beat()
 
     def _send(self, message: msgspec.Struct) -> None:
         """Send a message, after all that is to be told of the index up to now."""
@@ -209,30 +252,33 @@ class Engine:
 
     def _receive(self, *, wait: bool) -> None:
         """Handle everything that has arrived; with `wait`, sleep until something does."""
-        inbox = self._link.inbox
-        if wait and inbox.empty():
+        mail = self._mail
+        if wait and mail.empty():
             try:
-                self._handle(inbox.get(timeout=self._patience()))
+                self._handle(mail.get(timeout=self._patience()))
             except queue.Empty:
                 return
-        while not inbox.empty():
-            self._handle(inbox.get())
+        while not mail.empty():
+            self._handle(mail.get())
 
     def _patience(self) -> float:
         """Seconds that an idle engine may sleep before a deadline or a heartbeat wants it."""
-        waits = self._departures or self._arrivals or self._service or self._loads
-        return 0.05 if waits else HEARTBEAT_S
+        parts = (self._departures, self._arrivals, self._service, self._loads, self._groups)
+        return 0.05 if any(parts) else HEARTBEAT_S
 
     def _handle(self, event: Event) -> None:
         match event:
-            case Submit():
+            case Submit(group=None):
                 self._batcher.add(submitted(event))
+            case Submit() | StartGroup() | KeepBlocks():
+                self._groups.handle(event, time.monotonic())
             case Expect():
                 self._arrivals.expect(event)
             case Published():
                 self._arrivals.published(event, time.monotonic())
             case CopyDone():
-                self._arrivals.copied(event)
+                if not self._groups.copied(event):
+                    self._arrivals.copied(event)
             case PoolCall(number, request):
                 self._service.handle(number, request, time.monotonic())
             case PullDone(number, verified):
@@ -247,23 +293,31 @@ class Engine:
             case Settle():
                 self._settle(event)
             case Abort(ticket):
-                self._departures.abort(ticket)
-                self._arrivals.abort(ticket)
-                self._batcher.abort(ticket)
+                for room in (self._departures, self._arrivals, self._batcher, self._groups):
+                    room.abort(ticket)
             case MapPeer() | ReleasePeer():
-                self._map_peer(event)
+                self._remap(event)
             case Inspect() | ReportIndex() | Calibrate():
                 self._answer(event)
             case ResetPrefixCache():
-                self._pool.reset()
-                if self._store is not None:
-                    self._store.clear()
+                self._forget_history()
             case Shutdown() | Hangup():
                 self._stopping = True
-            case Configure() | StartGroup() | KeepBlocks():
+            case Configure():
                 raise AssertionError(f"not expected here: {event}")
             case _:
                 assert_never(event)
+
+    def _forget_history(self) -> None:
+        self._pool.reset()
+        self._groups.reset()
+        if self._store is not None:
+            self._store.clear()
+
+    def _remap(self, message: MapPeer | ReleasePeer) -> None:
+        lost = message.arena if isinstance(message, MapPeer) else message
+        self._groups.lose(lost.instance)
+        self._map_peer(message)
 
     def _answer(self, question: Inspect | ReportIndex | Calibrate) -> None:
         """Tell the launcher what it wants to know of this worker."""
@@ -276,12 +330,14 @@ class Engine:
                 self._send(Calibrated(query, *self._calibrate()))
 
     def _settle(self, message: Settle) -> None:
-        if self._departures.settle(message.ticket, accepted=message.accepted):
-            return
-        if message.accepted:  # withdrawn here, but the decode instance was first
-            self._batcher.abort(message.ticket)
-        else:  # declined before its prefill has ended
-            self._batcher.keep(message.ticket)
+        ticket = message.ticket
+        waited = self._departures.settle(ticket, accepted=message.accepted)
+        if message.accepted:
+            self._batcher.abort(ticket)  # in case it was withdrawn: the decode instance was first
+            self._groups.abort(ticket)
+        elif not waited:  # declined before its prefill has ended
+            self._batcher.keep(ticket)
+            self._groups.decode_here(ticket)
 
     def _absorb(self, slices: list[Slice], sampled: list[Sampled]) -> None:
         """Record what a step computed, in the order of its slices, and send its tokens."""
@@ -291,10 +347,14 @@ class Engine:
         self._books.count_step(slices)
         for part in slices:
             sequence = part.sequence
-            if sequence.prefilling:
-                prefilled.append(sequence)
             samples = part.samples
-            sequence.num_computed += part.num_tokens
+            if sequence.spread and sequence.prefilling:
+                if self._turns.computed(part):
+                    prefilled.append(sequence)
+            else:
+                if sequence.prefilling:
+                    prefilled.append(sequence)
+                sequence.num_computed += part.num_tokens
             if samples:
                 events.append(self._append(sequence, next(results)))
         finished = {event.ticket for event in events if event.finish is not None}
@@ -306,7 +366,8 @@ class Engine:
         now = time.monotonic()
         for sequence in prefilled:
             if sequence.decode_on is not None:
-                self._departures.publish(sequence, now)
+                keeper = self._groups if sequence.spread else self._departures
+                keeper.publish(sequence, now)
 
     def _append(self, sequence: Sequence, sampled: Sampled) -> TokenEvent:
         """Add a sampled token to its sequence and end the sequence if it was the last."""

@@ -5,6 +5,8 @@ and keeps them until the launcher settles who decodes. `Arrivals` belongs to the
 reserves room for a whole prompt, all or nothing and in ticket order, once its prefill has started;
 pulls the blocks that its own index lacks; and hands the finished sequence to the batcher.
 
+Several instances may have computed the blocks, each publishing its own, in any order.
+
 Nothing here waits: every call returns at once, deadlines are looked at by `expire`. When a peer's
 message never comes, a deadline settles the matter, and the prefill side decodes by itself.
 """
@@ -79,7 +81,7 @@ class Departures:
         followed = False
         for part in slices:
             sequence = part.sequence
-            if sequence.decode_on is not None and sequence.prefilling:
+            if sequence.decode_on is not None and sequence.prefilling and not sequence.spread:
                 self._publish(sequence, sequence.num_computed // size)
                 end = (sequence.num_computed + part.num_tokens) // size
                 followed |= self._publish(sequence, end, step=step)
@@ -98,9 +100,13 @@ class Departures:
         elif self._granularity != "request":
             self._publish(sequence, sequence.num_computed // self._pool.block_size)
         if done:
-            self._batcher.suspend(sequence)
-            self._leaving[sequence.ticket] = (sequence, now + 2 * self._timeout)
+            self.depart(sequence, now)
             self._claims.hold(sequence.ticket, lambda: self._withdraw(sequence))
+
+    def depart(self, sequence: Sequence, now: float) -> None:
+        """All of a running sequence is published: out of the batch until `settle`."""
+        self._batcher.suspend(sequence)
+        self._leaving[sequence.ticket] = (sequence, now + 2 * self._timeout)
 
     def settle(self, ticket: int, *, accepted: bool) -> bool:
         """The launcher's word on who decodes; True if the ticket was waiting for it here."""
@@ -165,8 +171,9 @@ class Departures:
         self._batcher.add(sequence)
 
     def _release(self, sequence: Sequence) -> None:
-        self._claims.drop(sequence.ticket)
-        self._batcher.release(sequence)
+        if not sequence.spread:
+            self._claims.drop(sequence.ticket)
+            self._batcher.release(sequence)
 
 
 @dataclass(slots=True, eq=False)
@@ -174,17 +181,18 @@ class Arrival:
     """A prompt that another instance is computing for this one."""
 
     expect: Expect
-    refs: list[BlockRef] = field(default_factory=list)
-    """References of the prompt's blocks so far, from its first block on."""
-    steps: list[int] = field(default_factory=list)
-    """For each of them the step of its owner that completes it; 0: it is complete."""
+    published: dict[int, tuple[BlockRef, int]] = field(default_factory=dict)
+    """By number of the block where it is, and the step of its owner that completes it; 0: complete."""
     first_token: int | None = None
     deadline: float | None = None
     """Until when to wait for room; set when the prefill is known to have started."""
+    whole_by: float | None = None
+    """Until when to wait for word of further blocks; set when the prefill is known to have ended."""
     blocks: list[int] = field(default_factory=list)
     """Reserved local blocks, the matched ones first; empty: no room yet."""
-    num_asked: int = 0
-    """Blocks that are matched or whose copy was started."""
+    num_matched: int = 0
+    asked: set[int] = field(default_factory=set)
+    """Numbers of the blocks whose copy was started."""
     num_missing: int = 0
     """Copies started and not yet verified."""
 
@@ -238,14 +246,16 @@ class Arrivals:
         arrival = self._arrivals.get(message.ticket)
         if arrival is None:
             return  # declined or aborted meanwhile
-        if message.first_block > len(arrival.refs):
-            self._decline(arrival, "word of some of its blocks has not come")
-            return
-        del arrival.refs[message.first_block :]
-        arrival.refs.extend(message.refs)
-        del arrival.steps[message.first_block :]
-        arrival.steps.extend([message.step] * len(message.refs))
-        arrival.first_token = message.first_token
+        first = message.first_block
+        if first in arrival.published:  # its sender was preempted, and starts anew from there
+            later = {number for number in arrival.published if number >= first}
+            for number in later - arrival.asked:
+                del arrival.published[number]
+        for number, ref in enumerate(message.refs, start=first):
+            arrival.published[number] = (ref, message.step)
+        if message.first_token is not None:
+            arrival.first_token = message.first_token
+            arrival.whole_by = now + self._timeout
         if arrival.deadline is None:
             arrival.deadline = now + self._timeout
         if arrival.blocks:
@@ -278,13 +288,20 @@ class Arrivals:
             self._pull(arrival)
 
     def expire(self, now: float) -> None:
-        """Decline those that have waited for room for too long, and all while copies hang."""
+        """Decline those that have waited for too long, for room or for word of their blocks.
+
+        While copies hang, all.
+        """
         hang = self._swapper.copies.stalled
         for arrival in list(self._arrivals.values()):
             if hang and arrival.deadline is not None:
                 self._decline(arrival, "copies hang")
             elif not arrival.blocks and arrival.deadline is not None and now >= arrival.deadline:
                 self._decline(arrival, "no room in time")
+            elif arrival.whole_by is None or now < arrival.whole_by:
+                continue
+            elif arrival.blocks and self._num_unknown(arrival):
+                self._decline(arrival, "word of some of its blocks has not come")
 
     def abort(self, ticket: int) -> None:
         """Forget a ticket."""
@@ -307,7 +324,7 @@ class Arrivals:
         if blocks is None:
             match.release()
             return False
-        arrival.num_asked = len(match.blocks)
+        arrival.num_matched = len(match.blocks)
         arrival.blocks = match.commit() + blocks
         self._claims.hold(
             expect.ticket, lambda: self._decline(arrival, "an older request needs the room")
@@ -316,27 +333,31 @@ class Arrivals:
 
     def _pull(self, arrival: Arrival) -> None:
         """Start copying the published blocks that are neither here nor on their way."""
-        if arrival.num_asked >= len(arrival.refs):
+        wanted = [
+            number
+            for number in sorted(arrival.published)
+            if number >= arrival.num_matched and number not in arrival.asked
+        ]
+        if not wanted:
             self._join(arrival)
-        while arrival.num_asked < len(arrival.refs):
-            start = arrival.num_asked
-            step = arrival.steps[start]
-            end = start + sum(1 for _ in itertools.takewhile(step.__eq__, arrival.steps[start:]))
-            into = arrival.blocks[start:end]
+        for step, group in itertools.groupby(wanted, lambda number: arrival.published[number][1]):
+            numbers = [*group]
+            into = [arrival.blocks[number] for number in numbers]
             self._pool.begin_io(into)
-            arrival.num_asked = end
+            arrival.asked.update(numbers)
             self.num_pulls += self._pool.descriptor.layout.num_layers if step else 1
-            arrival.num_missing += end - start
+            arrival.num_missing += len(numbers)
             ticket = arrival.expect.ticket
             if not step:
-                self._swapper.copies.begun((ticket, start))
-            self._start_copy(ticket, list(range(start, end)), arrival.refs[start:end], into, step)
+                self._swapper.copies.begun((ticket, numbers[0]))
+            refs = [arrival.published[number][0] for number in numbers]
+            self._start_copy(ticket, numbers, refs, into, step)
 
     def _join(self, arrival: Arrival) -> None:
         """Run the sequence here once all of its prompt is."""
-        if arrival.first_token is None or arrival.num_missing > 0:
-            return
         expect = arrival.expect
+        if arrival.first_token is None or arrival.num_missing or self._num_unknown(arrival):
+            return
         self._forget(arrival)
         self.num_handovers += 1
         self._send(Pulled(expect.ticket))
@@ -355,6 +376,12 @@ class Arrivals:
         )
         self._batcher.run(sequence)
         self._batcher.share(sequence)
+
+    def _num_unknown(self, arrival: Arrival) -> int:
+        """Blocks of its prompt that nobody has published."""
+        num_tokens = len(arrival.expect.prompt) + len(arrival.expect.outputs)
+        num_blocks = -(-num_tokens // self._pool.block_size)
+        return num_blocks - arrival.num_matched - len(arrival.asked)
 
     def _decline(self, arrival: Arrival, reason: str) -> None:
         self.num_declined += 1

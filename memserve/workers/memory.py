@@ -20,8 +20,9 @@ from memserve.pool.arena import Arena
 from memserve.pool.disk import BlockFiles
 from memserve.pool.generations import NativeBlocks, load_native_blocks
 from memserve.pool.mempool import MemPool
-from memserve.pool.progress import StepProgress, load_native_progress
+from memserve.pool.progress import GroupProgress, StepProgress, load_native_progress
 from memserve.pool.refs import ArenaDescriptor, ArenaLayout, Encoding, Tier
+from memserve.pool.space import BlockSpace
 from memserve.pool.transfer.memfd import MemfdTransfer
 from memserve.pool.transfer.own import OwnCopy
 from memserve.pool.transfer.tiers import TierCopy
@@ -65,6 +66,13 @@ class WorkerMemory:
         self.progress: StepProgress | None = None
         if progress is not None:
             self.progress = StepProgress(self.hbm.progress_word, shape.num_layers, progress)
+        self.space: BlockSpace | None = None
+        self.group_progress: GroupProgress | None = None
+        if native is not None and progress is not None:
+            self.space = BlockSpace(self.hbm, self.dram, native)
+            self.group_progress = GroupProgress(
+                self.hbm.group_slots, self.hbm.alive_word, shape.num_layers, progress
+            )
         self._transfer = MemfdTransfer(self.hbm, native, dram=self.dram, progress=progress)
         self.samples = Samples()
         self.store = self._open_files(config, native, inbox) if config.cache_dir else None
@@ -113,16 +121,26 @@ class WorkerMemory:
     def map_peer(self, message: MapPeer | ReleasePeer, connection: socket.socket) -> None:
         """Make a peer's arena readable; its file descriptor is the next on `connection`.
 
-        `ReleasePeer` takes all of an instance's arenas back.
+        `ReleasePeer` takes all of an instance's arenas back. Before either, nobody may read blocks of
+        that instance in place any more.
         """
         if isinstance(message, ReleasePeer):
             self._transfer.release(message.instance)
+            self._renumber(message.instance)
             return
         descriptor = receive_descriptor(connection)
         try:
             self._transfer.map(message.arena, descriptor)
         finally:
             os.close(descriptor)
+        self._renumber(message.arena.instance)
+
+    def _renumber(self, instance: int) -> None:
+        """Number the blocks of a peer anew, as its arenas are mapped now."""
+        if self.space is not None:
+            self.space.drop(instance)
+            for peer in self._transfer.peers(instance):
+                self.space.add(peer)
 
     def copy_within(self, sources: list[int], destinations: list[int]) -> None:
         """Copy blocks of HBM to other blocks of HBM, at once; only calibration does that."""

@@ -27,14 +27,19 @@ class Pulse:
         send: Callable[[msgspec.Struct], None],
         stats: Callable[[], EngineStats],
         samples: Samples,
+        sign: Callable[[], None] | None = None,
     ) -> None:
+        """`sign`: give peers a sign of life, at every beat."""
         self._send = send
+        self._sign = sign
         self._stats = stats
         self._samples = samples
         self._next = 0.0
 
     def beat(self) -> None:
         """The engine is alive."""
+        if self._sign is not None:
+            self._sign()
         now = time.monotonic()
         if now >= self._next:
             self._next = now + HEARTBEAT_S
@@ -45,11 +50,12 @@ class Pulse:
         """A step has got one layer further."""
         self.beat()
 
-    def also(self, written: LayerWritten) -> LayerWritten:
-        """Tell both of the layers."""
+    def after(self, *others: LayerWritten) -> LayerWritten:
+        """Tell others of each layer first, in this order."""
 
         def tell(num_layers: int) -> None:
-            written(num_layers)
+            for written in others:
+                written(num_layers)
             self.beat()
 
         return tell

@@ -5,6 +5,7 @@ state between steps.
 """
 
 from collections.abc import Sequence as Items
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,18 +13,37 @@ import torch
 from memserve.model.model import Model
 from memserve.model.sampling import Sampled, SampleRow, sample
 from memserve.model.step import LayerWritten, StepInput
+from memserve.pool.space import BlockSpace
 from memserve.workers.sequence import Sequence, Slice
+
+
+class StepRunner(Protocol):
+    """Computes a step, as `Runner` does."""
+
+    def run(self, slices: Items[Slice], written: LayerWritten | None = None) -> list[Sampled]:
+        """Write the KV of all slices; one result for each that samples, in their order.
+
+        `written` may be told of the layers as they are written.
+        """
+        ...
 
 
 class Runner:
     """Computes steps of one model over one arena."""
 
     def __init__(
-        self, model: Model, arena: torch.Tensor, *, eos_token_ids: tuple[int, ...]
+        self,
+        model: Model,
+        arena: torch.Tensor,
+        *,
+        eos_token_ids: tuple[int, ...],
+        space: BlockSpace | None = None,
     ) -> None:
+        """`space` knows the blocks that lie elsewhere than in `arena`; without it there are none."""
         self._model = model
         self._arena = arena
         self._eos_token_ids = eos_token_ids
+        self._space = space
 
     def run(self, slices: Items[Slice], written: LayerWritten | None = None) -> list[Sampled]:
         """Write the KV of all slices and sample for those that end at their newest token.
@@ -31,15 +51,15 @@ class Runner:
         Returns one `Sampled` per sampling slice, in the order of the slices. `written` is told of
         each layer whose KV is written.
         """
-        logits = self._model.forward(step_input(slices), self._arena, written)
+        logits = self._model.forward(step_input(slices, self._space), self._arena, written)
         rows = [sample_row(part.sequence, self._eos_token_ids) for part in slices if part.samples]
         return sample(logits, rows)
 
 
-def step_input(slices: Items[Slice]) -> StepInput:
+def step_input(slices: Items[Slice], space: BlockSpace | None = None) -> StepInput:
     """The tensors of a step; shapes stand in `StepInput`."""
     counts = np.array([part.num_tokens for part in slices], np.int32)
-    starts = np.array([part.sequence.num_computed for part in slices], np.int32)
+    starts = np.array([part.start for part in slices], np.int32)
     query_start = np.zeros(len(slices) + 1, np.int32)
     np.cumsum(counts, out=query_start[1:])
     token_ids = np.empty(query_start[-1], np.int64)
@@ -47,13 +67,16 @@ def step_input(slices: Items[Slice]) -> StepInput:
     block_table = np.zeros((len(slices), width), np.int32)
     for row, part in enumerate(slices):
         sequence = part.sequence
-        end = sequence.num_computed + part.num_tokens
         tokens = np.frombuffer(sequence.tokens, np.int32)
-        token_ids[query_start[row] : query_start[row + 1]] = tokens[sequence.num_computed : end]
+        token_ids[query_start[row] : query_start[row + 1]] = tokens[part.start : part.end]
         block_table[row, : len(sequence.blocks)] = np.frombuffer(sequence.blocks, np.int32)
     first = np.repeat(starts - query_start[:-1], counts)
     positions = first.astype(np.int64) + np.arange(query_start[-1])
     sampling = np.array([part.samples for part in slices], np.bool_)
+    offsets = None
+    if any(part.sequence.spread for part in slices):
+        assert space is not None
+        offsets = torch.from_numpy(space.offsets(block_table))
     return StepInput(
         token_ids=torch.from_numpy(token_ids),
         positions=torch.from_numpy(positions),
@@ -61,6 +84,7 @@ def step_input(slices: Items[Slice]) -> StepInput:
         kv_len=torch.from_numpy(starts + counts),
         block_table=torch.from_numpy(block_table),
         output_rows=torch.from_numpy(query_start[1:][sampling].astype(np.int64) - 1),
+        offsets=offsets,
     )
 
 

@@ -39,11 +39,13 @@ def _drain(kept: "deque[T]") -> list[T]:
     return [kept.popleft() for _ in range(len(kept))]
 
 
-def step_sample(slices: Items[Slice], seconds: float, *, after_idling: bool = False) -> StepSample:
+def step_sample(
+    slices: Items[Slice], seconds: float, *, num_ranks: int = 1, after_idling: bool = False
+) -> StepSample:
     """What a step computed that took so long; to be called before its results are recorded."""
     num_prefill = prefill_pairs = context = num_decodes = decode_pairs = 0
     for part in slices:
-        count, known = part.num_tokens, part.sequence.num_computed
+        count, known = part.num_tokens, part.start
         if part.sequence.prefilling:
             num_prefill += count
             prefill_pairs += count * known + count * (count + 1) // 2
@@ -57,6 +59,7 @@ def step_sample(slices: Items[Slice], seconds: float, *, after_idling: bool = Fa
         num_decodes,
         decode_pairs,
         seconds,
+        num_ranks=num_ranks,
         num_prefill_context=context,
         after_idling=after_idling,
     )

@@ -1,10 +1,14 @@
 """One choice of one request as the engine sees it: its tokens, its blocks, how far it is computed."""
 
 from array import array
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from memserve.messages import SamplingParams, Submit
 from memserve.pool.refs import BlockRef
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -40,6 +44,9 @@ class Sequence:
     """Prompt tokens whose prefill was skipped at first admission."""
     num_published: int = 0
     """Blocks that the decode instance has been told of."""
+    spread: bool = False
+    """Whether its blocks lie on several instances: then `memserve.workers.parallel` keeps them, and
+    the index has none of them."""
 
     @property
     def num_outputs(self) -> int:
@@ -99,8 +106,29 @@ class Slice:
 
     sequence: Sequence
     num_tokens: int
+    num_skipped: int = 0
+    """Tokens before it that have no KV yet; other instances compute them in the same step."""
+
+    @property
+    def start(self) -> int:
+        """The position of its first token."""
+        return self.sequence.num_computed + self.num_skipped
+
+    @property
+    def end(self) -> int:
+        """The position behind its last token."""
+        return self.start + self.num_tokens
 
     @property
     def samples(self) -> bool:
         """Whether the step yields a new token of the sequence."""
-        return self.num_tokens == self.sequence.num_pending
+        return self.end == len(self.sequence.tokens)
+
+
+def without(
+    tickets: set[int], slices: Items[Slice], results: Items[T]
+) -> tuple[list[Slice], list[T]]:
+    """A step's slices, and the results of those that sample, less those of some tickets."""
+    sampling = [part.sequence.ticket for part in slices if part.samples]
+    kept = [one for ticket, one in zip(sampling, results, strict=True) if ticket not in tickets]
+    return [part for part in slices if part.sequence.ticket not in tickets], kept

@@ -63,7 +63,7 @@ def serve(configure: Configure, link: Link, descriptors: socket.socket) -> None:
         config,
         link,
         memory.pool,
-        Runner(model, memory.hbm.tensor, eos_token_ids=config.eos_token_ids),
+        Runner(model, memory.hbm.tensor, eos_token_ids=config.eos_token_ids, space=memory.space),
         start_copy=memory.copier.start,
         start_swap=memory.copier.start_swap,
         start_pull=memory.copier.start_pull,
@@ -73,6 +73,8 @@ def serve(configure: Configure, link: Link, descriptors: socket.socket) -> None:
         copy_within=memory.copy_within,
         samples=memory.samples,
         store=memory.store,
+        space=memory.space if model.reads_in_place else None,
+        group_progress=memory.group_progress if model.reads_in_place else None,
     )
     memory.send_descriptors(descriptors)
     link.send(Ready(memory.descriptors, model.spec.dtype, model.attention))

@@ -22,3 +22,5 @@ int64_t memserve_copy_blocks(char *destination, const int64_t *destination_block
 void memserve_move_blocks(void) {}
 
 void memserve_convert_blocks(void) {}
+
+void memserve_generations_hold(void) {}

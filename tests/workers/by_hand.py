@@ -94,7 +94,7 @@ class HandEngine:
             config,
             cast(Link, self.link),
             self.pool,
-            OracleRunner(self.memory.hbm.tensor, 0.0),
+            OracleRunner(self.memory.hbm.tensor, 0.0, space=self.memory.space),
             start_copy=self.memory.copier.start,
             start_swap=self.memory.copier.start_swap,
             start_pull=self.memory.copier.start_pull,
@@ -105,6 +105,8 @@ class HandEngine:
             samples=self.memory.samples,
             store=self.memory.store,
             stall_s=stall_s,
+            space=self.memory.space,
+            group_progress=self.memory.group_progress,
         )
 
     def submit(
@@ -201,8 +203,9 @@ class HandEngine:
         assert self.engine.audit() == []
         assert wrong_blocks(self.memory) == []
         assert (stats.num_running, stats.num_waiting, stats.num_incoming) == (0, 0, 0)
-        for tier in filter(None, (stats.hbm, stats.dram)):
-            assert (tier.active, tier.in_flight) == (0, 0)
+        tiers = [*filter(None, (stats.hbm, stats.dram))]
+        assert sum(tier.active for tier in tiers) == stats.num_kept_blocks
+        assert sum(tier.in_flight for tier in tiers) == 0
 
     def map(self, peer: "HandEngine") -> None:
         """Make a peer's arenas readable."""

@@ -8,7 +8,9 @@ must give the same answer.
 """
 
 import asyncio
+import ctypes
 import dataclasses
+import math
 import os
 import random
 import signal
@@ -34,6 +36,7 @@ from memserve.messages import Configure, Ready, SamplingParams, ToLauncher, ToWo
 from memserve.model.sampling import Sampled
 from memserve.model.step import LayerWritten
 from memserve.pool.refs import ArenaLayout, Encoding, Tier
+from memserve.pool.space import BlockSpace
 from memserve.scheduler.interface import Ask, Placement, Role, SchedulerConfig
 from memserve.scheduler.scheduler import Scheduler
 from memserve.workers import calibration
@@ -45,6 +48,7 @@ from tests.faults.plan import Faults
 from tests.faults.wrapping import FaultyLink, wrap
 
 P = ParamSpec("P")
+Numbers = npt.NDArray[np.int64]
 
 BLOCK_SIZE = 4
 VOCABULARY = 50
@@ -93,14 +97,18 @@ class OracleRunner:
         step_seconds: float,
         before_layer: Callable[[int], None] | None = None,
         before_step: Callable[[Sequence[Slice]], None] = lambda _: None,
+        space: BlockSpace | None = None,
     ) -> None:
         self._arena = arena
+        self._space = space
         self._step_seconds = step_seconds
         self._before_layer = before_layer
         self._before_step = before_step
+        self._to_check: list[tuple[Slice, int, Numbers, Numbers, npt.NDArray[np.float32]]] = []
 
     def run(self, slices: Sequence[Slice], written: LayerWritten | None = None) -> list[Sampled]:
         self._before_step(slices)
+        self._to_check.clear()
         if self._step_seconds:
             time.sleep(self._step_seconds)
         for layer in range(SHAPE.num_layers):
@@ -109,6 +117,7 @@ class OracleRunner:
             last = [(part, self._compute(part, layer)) for part in slices]
             if written is not None:
                 written(layer + 1)
+            self._check()
         return [
             Sampled(token=fingerprint % VOCABULARY) for part, fingerprint in last if part.samples
         ]
@@ -123,16 +132,37 @@ class OracleRunner:
         sequence = part.sequence
         if sequence.ticket == calibration.TICKET:
             return 0  # its blocks hold anything
-        start, end = sequence.num_computed, sequence.num_computed + part.num_tokens
+        start, end = part.start, part.end
         values = fingerprints(sequence.tokens[:end])
         wanted = digits(np.array(values, np.int64) + layer)[:, None]
         positions = np.arange(end)
         blocks = np.asarray(sequence.blocks)[positions // BLOCK_SIZE]
         rows = positions % BLOCK_SIZE
         self._cells[blocks[start:], layer, :, rows[start:]] = wanted[start:]
-        wrong = (self._cells[blocks, layer, :, rows] != wanted).any(axis=(1, 2))
-        assert not wrong.any(), f"wrong KV of layer {layer} at position {wrong.argmax()}"
+        self._to_check.append((part, layer, blocks, rows, wanted))
         return values[-1]
+
+    def _check(self) -> None:
+        """What would be attended to, once others have had their chance to write their part."""
+        for part, layer, blocks, rows, wanted in self._to_check:
+            if part.sequence.spread:
+                places = zip(blocks.tolist(), rows.tolist(), strict=True)
+                found = np.array([self._remote(block)[layer, :, row] for block, row in places])
+            else:
+                found = self._cells[blocks, layer, :, rows]
+            wrong = (found != wanted).any(axis=(1, 2))
+            assert not wrong.any(), f"wrong KV of layer {layer} at position {wrong.argmax()}"
+        self._to_check.clear()
+
+    def _remote(self, number: int) -> npt.NDArray[np.float32]:
+        """A block, wherever it lies."""
+        assert self._space is not None
+        (offset,) = self._space.offsets(np.array([number], np.int32)).tolist()
+        shape = (SHAPE.num_layers, 2, BLOCK_SIZE, SHAPE.head_dim)
+        address = self._arena.data_ptr() + 4 * offset
+        memory = (ctypes.c_float * math.prod(shape)).from_address(address)
+        cells: npt.NDArray[np.float32] = np.ctypeslib.as_array(memory).reshape(shape)
+        return cells
 
 
 class Killed(BaseException):
@@ -236,6 +266,7 @@ class ThreadWorker:
                 self._options.step_seconds,
                 self._options.before_layer,
                 self._before_step,
+                memory.space,
             ),
             start_copy=held(memory, memory.copier.start, self._options.copy_seconds),
             start_swap=held(memory, memory.copier.start_swap, self._options.copy_seconds),
@@ -247,6 +278,8 @@ class ThreadWorker:
             samples=memory.samples,
             store=memory.store,
             stall_s=self._options.stall_s,
+            space=memory.space,
+            group_progress=memory.group_progress,
         )
         memory.send_descriptors(self._descriptors)
         link.send(Ready(memory.descriptors, "float32", "oracle"))
@@ -421,10 +454,12 @@ def at_rest(stats: object) -> bool:
     assert isinstance(stats, EngineStats)
     assert stats.hbm is not None
     held = [stats.num_running, stats.num_waiting, stats.num_incoming]
+    num_active = 0
     for tier in (stats.hbm, stats.dram):
         if tier is not None:
-            held += [tier.active, tier.in_flight]
-    return not any(held)
+            held += [tier.in_flight]
+            num_active += tier.active
+    return not any(held) and num_active == stats.num_kept_blocks
 
 
 class Crossing(Scheduler):

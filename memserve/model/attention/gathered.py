@@ -21,16 +21,21 @@ class ContextGatherer:
         self, arena: torch.Tensor, layer: int, blocks: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V [len(blocks) * block_size, num_kv_heads, head_dim], valid until the next call."""
+        buffers = self.buffers(arena, len(blocks))
+        for which, buffer in enumerate(buffers):
+            torch.index_select(arena[:, layer, which], 0, blocks, out=buffer)
+        key, value = (buffer.flatten(0, 1) for buffer in buffers)
+        return key, value
+
+    def buffers(self, arena: torch.Tensor, num_blocks: int) -> list[torch.Tensor]:
+        """Kept room for K and for V, [num_blocks, block_size, num_kv_heads, head_dim] each."""
         shape = arena.shape[3:]
         kept = self._buffers
         fits = bool(kept) and kept[0].shape[1:] == shape and kept[0].dtype == arena.dtype
-        if not fits or len(kept[0]) < len(blocks):
-            capacity = 1 << math.ceil(math.log2(len(blocks)))
+        if not fits or len(kept[0]) < num_blocks:
+            capacity = 1 << math.ceil(math.log2(num_blocks))
             kept[:] = [torch.empty(capacity, *shape, dtype=arena.dtype) for _ in range(2)]
-        for which, buffer in enumerate(kept):
-            torch.index_select(arena[:, layer, which], 0, blocks, out=buffer[: len(blocks)])
-        key, value = (buffer[: len(blocks)].flatten(0, 1) for buffer in kept)
-        return key, value
+        return [buffer[:num_blocks] for buffer in kept]
 
 
 def visibility_mask(

@@ -37,13 +37,12 @@ class NativeStep(ctypes.Structure):
 
     _fields_ = (
         ("arena", c_void_p),
-        ("block_stride", c_int64),
         ("layer_stride", c_int64),
         ("value_stride", c_int64),
         ("positions", c_void_p),
         ("query_start", c_void_p),
         ("kv_len", c_void_p),
-        ("block_table", c_void_p),
+        ("offsets", c_void_p),
         ("table_stride", c_int64),
         ("num_sequences", c_int32),
         ("num_tokens", c_int32),
@@ -77,6 +76,8 @@ class Kernels:
         self.prefill_operands = PrefillOperands(library.memserve_prefill_operands())
         self.write_kv = library.memserve_write_kv
         self.write_kv.argtypes = [step, c_int64, c_void_p, c_int64, c_void_p, c_int64]
+        self.gather_kv = library.memserve_gather_kv
+        self.gather_kv.argtypes = [step, c_int64, c_int32, c_int64, c_int64, c_void_p, c_void_p]
         self.add_norm = library.memserve_add_norm
         self.add_norm.argtypes = [*[c_void_p] * 4, c_int64, c_int64, c_float, c_int32]
         self.rotate_and_write = library.memserve_rotate_and_write
@@ -89,7 +90,7 @@ class Kernels:
         self.multiply.argtypes = [*[c_void_p] * 4, *[c_int64] * 3, c_int32]
         self.has_matmul = bool(library.memserve_matmul_available())
         functions = (
-            *(self.attend, self.write_kv, self.add_norm),
+            *(self.attend, self.write_kv, self.gather_kv, self.add_norm),
             *(self.rotate_and_write, self.silu_times),
             *(self.pack_weight, self.multiply),
         )
@@ -109,20 +110,28 @@ def load_kernels(extra_flags: Sequence[str] = ()) -> Kernels | None:
     return None if library is None else Kernels(library)
 
 
-def native_step(step: StepInput, arena: torch.Tensor, num_query_heads: int) -> NativeStep:
+def block_offsets(step: StepInput, arena: torch.Tensor) -> torch.Tensor:
+    """Where the blocks of each sequence lie, int64 [S, max_blocks], in elements of the arena."""
+    if step.offsets is not None:
+        return step.offsets
+    return step.block_table.long().mul_(arena.stride(0))
+
+
+def native_step(
+    step: StepInput, arena: torch.Tensor, offsets: torch.Tensor, num_query_heads: int
+) -> NativeStep:
     """Describe a step to the kernels. It borrows the tensors' memory: keep them alive."""
-    block_stride, layer_stride, value_stride = arena.stride()[:3]
+    _, layer_stride, value_stride = arena.stride()[:3]
     _, _, _, block_size, num_kv_heads, head_dim = arena.shape
     return NativeStep(
         arena=arena.data_ptr(),
-        block_stride=block_stride,
         layer_stride=layer_stride,
         value_stride=value_stride,
         positions=step.positions.data_ptr(),
         query_start=step.query_start.data_ptr(),
         kv_len=step.kv_len.data_ptr(),
-        block_table=step.block_table.data_ptr(),
-        table_stride=step.block_table.stride(0),
+        offsets=offsets.data_ptr(),
+        table_stride=offsets.stride(0),
         num_sequences=step.kv_len.numel(),
         num_tokens=step.token_ids.numel(),
         block_size=block_size,

@@ -19,7 +19,12 @@ from memserve.model.attention.gathered import (
     grouped_attention,
     visibility_mask,
 )
-from memserve.model.attention.native import Kernels, PrefillOperands, native_step
+from memserve.model.attention.native import (
+    Kernels,
+    PrefillOperands,
+    block_offsets,
+    native_step,
+)
 from memserve.model.step import LayerWritten, StepInput
 
 log = logging.getLogger(__name__)
@@ -108,7 +113,8 @@ class PagedBatch:
         self._num_short, self._num_long = self._short.numel(), self._long.numel()
         self._masks: dict[tuple[int, int | None], torch.Tensor | None] = {}
         if self._kernels is not None:
-            self.native = native_step(step, arena, self.num_query_heads)
+            self._offsets = block_offsets(step, arena)
+            self.native = native_step(step, arena, self._offsets, self.num_query_heads)
             self.native_pointer = ctypes.pointer(self.native)
         self._scratch: torch.Tensor | None = None
         if self._num_long and self._kernels is not None and can_prefill(self._kernels, arena):
@@ -120,6 +126,8 @@ class PagedBatch:
             self._bounds: list[int] = step.query_start.tolist()
             self._kv_len: list[int] = step.kv_len.tolist()
         if self._kernels is None:
+            if step.offsets is not None:
+                raise UnsupportedModel("without the compiled kernels only own blocks can be read")
             self._blocks, self._rows = self._slots()
 
     def check(
@@ -230,8 +238,7 @@ class PagedBatch:
         # Whole blocks that no query sees any more are not gathered.
         hidden = 0 if window is None else max(0, kv_len - count + 1 - window)
         first_block = hidden // block_size
-        blocks = self.step.block_table[sequence, first_block : -(-kv_len // block_size)]
-        key, value = self._gatherer.gather(self._arena, layer, blocks)
+        key, value = self._gather(sequence, layer, first_block, -(-kv_len // block_size))
         visible = kv_len - first_block * block_size
         is_causal = count == visible and count > 1 and (window is None or window >= count)
         head_dim = self._arena.shape[5]
@@ -243,6 +250,25 @@ class PagedBatch:
             scale=scale,
             is_causal=is_causal,
         ).flatten(1)
+
+    def _gather(
+        self, sequence: int, layer: int, first: int, end: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of some of a sequence's blocks, valid until the next call."""
+        if self._kernels is None:
+            blocks = self.step.block_table[sequence, first:end]
+            return self._gatherer.gather(self._arena, layer, blocks)
+        buffers = self._gatherer.buffers(self._arena, end - first)
+        self._kernels.gather_kv(
+            self.native_pointer,
+            layer,
+            sequence,
+            first,
+            end - first,
+            *(b.data_ptr() for b in buffers),
+        )
+        key, value = (buffer.flatten(0, 1) for buffer in buffers)
+        return key, value
 
     def _mask(
         self, sequence: int, count: int, visible: int, window: int | None

@@ -41,7 +41,7 @@ class LocalArena(Protocol):
     address: int
 
 
-class _PeerArena:
+class PeerArena:
     """A read-only map; it stays for as long as somebody refers to this object."""
 
     def __init__(self, descriptor: ArenaDescriptor, fd: int) -> None:
@@ -68,9 +68,11 @@ class _PeerArena:
         )
         self.table_address = int(self._table.ctypes.data)
         self.address = int(self._bytes.ctypes.data) + blocks_offset(descriptor.layout)
-        self.progress_address = int(self._bytes.ctypes.data) + PROGRESS_OFFSET
+        self.header_address = int(self._bytes.ctypes.data)
+        self.progress_address = self.header_address + PROGRESS_OFFSET
 
     def generation(self, block: int) -> int:
+        """The present generation of a block."""
         return int(self._table[block])
 
 
@@ -90,7 +92,7 @@ class MemfdTransfer:
         self._dram = dram
         self._native = native
         self._progress = progress
-        self._peers: dict[tuple[int, int], _PeerArena] = {}  # by (instance, tier)
+        self._peers: dict[tuple[int, int], PeerArena] = {}  # by (instance, tier)
         if native is None:
             logger.warning("no compiled block copy: peers' blocks are read under a lease only")
 
@@ -129,7 +131,7 @@ class MemfdTransfer:
             raise StaleReference(
                 f"instance {descriptor.instance} is at epoch {max(epochs)}, not {descriptor.epoch}"
             )
-        peer = _PeerArena(descriptor, fd)
+        peer = PeerArena(descriptor, fd)
         if any(epoch < descriptor.epoch for epoch in epochs):
             self.release(descriptor.instance)
         self._peers[descriptor.instance, descriptor.tier] = peer
@@ -148,6 +150,10 @@ class MemfdTransfer:
                 f"instance {descriptor.instance} keeps its {Tier(descriptor.tier).name} tier as "
                 f"{theirs}, this one as {ours}: all need the same --dram-cache-dtype"
             )
+
+    def peers(self, instance: int) -> list[PeerArena]:
+        """The arenas of another instance that are mapped now."""
+        return [peer for (owner, _), peer in self._peers.items() if owner == instance]
 
     def release(self, instance: int) -> None:
         """See `Transfer.release`."""
@@ -203,7 +209,7 @@ class MemfdTransfer:
         num_local = arena.descriptor.layout.num_blocks
         if not all(0 <= block < num_local for block in into):
             raise PoolError(f"a destination is outside the arena's {num_local} blocks")
-        by_peer: dict[_PeerArena, list[int]] = {}
+        by_peer: dict[PeerArena, list[int]] = {}
         for i, ref in enumerate(refs):
             by_peer.setdefault(self._resolve(ref), []).append(i)
         ok = [False] * len(refs)
@@ -215,7 +221,7 @@ class MemfdTransfer:
                 ok[i] = flag
         return ok
 
-    def _resolve(self, ref: BlockRef) -> _PeerArena:
+    def _resolve(self, ref: BlockRef) -> PeerArena:
         peer = self._peers.get((ref.instance, ref.tier))
         if peer is None or peer.descriptor.epoch != ref.epoch:
             known = "is not mapped" if peer is None else f"is at epoch {peer.descriptor.epoch}"
@@ -228,7 +234,7 @@ class MemfdTransfer:
 
     def _copy(
         self,
-        peer: _PeerArena,
+        peer: PeerArena,
         refs: Sequence[BlockRef],
         arena: LocalArena,
         into: Sequence[int],
