@@ -117,7 +117,7 @@ class FakeLauncher:
     ) -> Request:
         group = Group(0, list(instances), chunk_tokens, list(cached))
         request = self.requests[ticket] = Request(group, list(prompt), decode_on, keeps)
-        sampling = SamplingParams(max_tokens=max_tokens, seed=0, temperature=0.0)
+        sampling = SamplingParams(max_tokens=max_tokens, seed=0, temperature=0.0, logprobs=0)
         for rank, instance in enumerate(instances):
             self.tell(
                 instance,
