@@ -226,7 +226,7 @@ class Groups:
             owner = part.watch.broken()
             if owner is not None:
                 changed.add(ticket)
-                self._leave(part, f"instance {owner} has reused its blocks", owner)
+                self._leave(part, f"instance {owner} has let its blocks go")
         return changed
 
     def publish(self, sequence: Sequence, now: float) -> None:

@@ -8,7 +8,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from memserve.model.attention.native import Kernels, PrefillOperands, load_kernels, native_step
+from memserve.model.attention.native import (
+    Kernels,
+    PrefillOperands,
+    block_offsets,
+    load_kernels,
+    native_step,
+)
 from memserve.model.attention.paged import PagedAttention
 from memserve.model.step import StepInput
 
@@ -111,7 +117,8 @@ def prefill(case: Case, kernels: Kernels, window: int | None = None) -> torch.Te
     """The kernel under test on all sequences, whatever their length."""
     if kernels.prefill_operands == PrefillOperands.NONE:
         pytest.skip("this CPU has no AVX-512")
-    native = native_step(case.step, case.arena, case.query.shape[1])
+    offsets = block_offsets(case.step, case.arena)
+    native = native_step(case.step, case.arena, offsets, case.query.shape[1])
     pointer = ctypes.pointer(native)
     sequences = torch.arange(native.num_sequences, dtype=torch.int32)
     size = kernels.prefill_scratch(pointer, sequences.data_ptr(), len(sequences))

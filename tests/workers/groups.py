@@ -178,7 +178,8 @@ class FakeLauncher:
             case Joined(ticket, refs):
                 self._joined(instance, self.requests[ticket], refs, ticket)
             case LeftGroup(ticket):
-                self.requests[ticket].left.append(message)
+                if not self.requests[ticket].finished:  # else it was aborted in its last step
+                    self.requests[ticket].left.append(message)
                 self.abort(ticket)
             case Gathered(ticket):
                 self.requests[ticket].gathered = True

@@ -104,11 +104,13 @@ class OracleRunner:
         self._step_seconds = step_seconds
         self._before_layer = before_layer
         self._before_step = before_step
+        self._poisoned: set[int] = set()
         self._to_check: list[tuple[Slice, int, Numbers, Numbers, npt.NDArray[np.float32]]] = []
 
     def run(self, slices: Sequence[Slice], written: LayerWritten | None = None) -> list[Sampled]:
         self._before_step(slices)
         self._to_check.clear()
+        self._poisoned.clear()
         if self._step_seconds:
             time.sleep(self._step_seconds)
         for layer in range(SHAPE.num_layers):
@@ -119,7 +121,9 @@ class OracleRunner:
                 written(layer + 1)
             self._check()
         return [
-            Sampled(token=fingerprint % VOCABULARY) for part, fingerprint in last if part.samples
+            Sampled(token=-1 if part.sequence.ticket in self._poisoned else value % VOCABULARY)
+            for part, value in last
+            if part.samples
         ]
 
     @cached_property
@@ -138,7 +142,8 @@ class OracleRunner:
         positions = np.arange(end)
         blocks = np.asarray(sequence.blocks)[positions // BLOCK_SIZE]
         rows = positions % BLOCK_SIZE
-        self._cells[blocks[start:], layer, :, rows[start:]] = wanted[start:]
+        poison = sequence.ticket in self._poisoned
+        self._cells[blocks[start:], layer, :, rows[start:]] = wanted[start:] + poison
         self._to_check.append((part, layer, blocks, rows, wanted))
         return values[-1]
 
@@ -151,6 +156,11 @@ class OracleRunner:
             else:
                 found = self._cells[blocks, layer, :, rows]
             wrong = (found != wanted).any(axis=(1, 2))
+            if wrong.any() and part.sequence.spread:
+                # Another rank may have left, and its blocks hold something else. Until that is noticed
+                # what is computed is as wrong as what was read, and must not get out.
+                self._poisoned.add(part.sequence.ticket)
+                continue
             assert not wrong.any(), f"wrong KV of layer {layer} at position {wrong.argmax()}"
         self._to_check.clear()
 
