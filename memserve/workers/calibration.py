@@ -14,6 +14,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from functools import partial
 
+from memserve.config import EngineConfig
 from memserve.messages import CopySample, SamplingParams, StepSample
 from memserve.pool.mempool import MemPool
 from memserve.workers.samples import step_sample
@@ -43,13 +44,14 @@ class Case:
 
 
 def calibrate(
-    pool: MemPool, run: RunStep, copy: CopyBlocks, *, max_tokens: int, max_rows: int, max_len: int
+    pool: MemPool, run: RunStep, copy: CopyBlocks, config: EngineConfig
 ) -> tuple[list[StepSample], list[CopySample]]:
     """The timed steps and copies; no engine step may run meanwhile.
 
-    Steps stay within `max_tokens` tokens and `max_rows` sequences of `max_len` tokens each. Without
-    a free block in HBM nothing can be timed.
+    Steps stay within the limits of `config`. Without a free block in HBM nothing can be timed.
     """
+    max_tokens, max_rows = config.max_num_batched_tokens, config.max_num_seqs
+    max_len = config.max_model_len
     longest = min(max_len, max_tokens + LONG_CONTEXT)
     scratch = pool.alloc_mem(min(pool.num_free, 2 * -(-longest // pool.block_size)))
     try:

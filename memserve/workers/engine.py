@@ -21,7 +21,6 @@ from memserve.messages import (
     Calibrate,
     Calibrated,
     Configure,
-    CopySample,
     EngineStats,
     Expect,
     Inspect,
@@ -35,7 +34,6 @@ from memserve.messages import (
     ResetPrefixCache,
     Settle,
     Shutdown,
-    StepSample,
     Submit,
     TokenEvent,
     Tokens,
@@ -327,7 +325,9 @@ class Engine:
             case ReportIndex():
                 self._feed.report()
             case Calibrate(query):
-                self._send(Calibrated(query, *self._calibrate()))
+                # Nothing else is served meanwhile, so only the launcher's start asks.
+                run, copy = self._runner.run, self._copy_within
+                self._send(Calibrated(query, *calibrate(self._pool, run, copy, self._config)))
 
     def _settle(self, message: Settle) -> None:
         ticket = message.ticket
@@ -384,17 +384,6 @@ class Engine:
             logprob=sampled.logprob,
             top=sampled.top,
             num_cached_tokens=sequence.num_cached_tokens if position == 0 else 0,
-        )
-
-    def _calibrate(self) -> tuple[list[StepSample], list[CopySample]]:
-        """Time some steps. Nothing else is served meanwhile, so only the launcher's start asks."""
-        return calibrate(
-            self._pool,
-            self._runner.run,
-            self._copy_within,
-            max_tokens=self._config.max_num_batched_tokens,
-            max_rows=self._config.max_num_seqs,
-            max_len=self._config.max_model_len,
         )
 
     def audit(self) -> list[str]:
