@@ -4,7 +4,7 @@ A part of a group first gets room, all or nothing, for the blocks of its own sli
 cached here; once all ranks have theirs, the launcher starts the group. Groups are computed one after
 the other, in the order of their numbers, chunk by chunk, beside other requests' decode steps: a chunk
 is entered when all ranks are ready for it. The blocks of other ranks are read where they lie, and are
-verified after each step. Rank 0 then decodes, still over blocks of all ranks, or hands over.
+verified by rank 0 after each step. Rank 0 then decodes, still over blocks of all ranks, or hands over.
 
 Contract: every ticket ends in an abort by the launcher, in a `LeftGroup`, or in a `LetGo`; then
 nothing is held for it. What the batcher runs of a group holds its blocks through this class
@@ -214,7 +214,11 @@ class Groups:
         return self._gatherer.num_blocks
 
     def verified(self, parts: Iterable[Slice]) -> set[int]:
-        """After a step: leave the groups whose blocks have changed under it; their tickets."""
+        """After a step: leave the groups whose blocks have changed under it; their tickets.
+
+        Only the leader looks, at the blocks of all. What another rank has read in this step, but for
+        its last layer, from which no K and V follows, it has read before the leader's last layer.
+        """
         changed = set()
         ends = {part.sequence.ticket: part.end for part in parts if part.sequence.spread}
         for ticket, end in ends.items():
@@ -223,7 +227,7 @@ class Groups:
                 continue
             seen = part.sequence.blocks[: -(-end // self._pool.block_size)]
             self.num_remote_blocks += sum(number >= self._num_own for number in seen)
-            owner = part.watch.broken()
+            owner = part.watch.broken() if part.group.rank == 0 else None
             if owner is not None:
                 changed.add(ticket)
                 self._leave(part, f"instance {owner} has let its blocks go")

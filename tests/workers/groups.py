@@ -42,7 +42,7 @@ from memserve.pool.refs import BlockRef
 from tests.workers.by_hand import HandEngine, engines
 from tests.workers.rig import BLOCK_SIZE
 
-PATIENCE_S = 30.0
+PATIENCE_S = 8.0
 
 
 def all_refs(
@@ -100,6 +100,7 @@ class FakeLauncher:
     def __init__(self, made: Sequence[HandEngine]) -> None:
         self.engines = {engine.instance: engine for engine in made}
         self.requests: dict[int, Request] = {}
+        self.failures: list[BaseException] = []
         self._read: dict[int, int] = defaultdict(int)
         self._num_started = 0
 
@@ -152,7 +153,15 @@ class FakeLauncher:
                 time.sleep(0.0005)
             if reached():
                 return
-            assert time.monotonic() < deadline, {t: r.left for t, r in self.requests.items()}
+            for failure in self.failures:
+                raise failure
+            assert time.monotonic() < deadline, self.state()
+
+    def state(self) -> str:
+        """What a test that waits in vain wants to know."""
+        open_ = {t: r.left for t, r in self.requests.items() if r.left or not r.finished}
+        parts = [p for e in self.engines.values() for p in e.engine._groups._parts.values()]
+        return f"{open_}, {[(p.ticket, p.group.rank, p.joined, p.kept) for p in parts]}"
 
     def finish(self, *tickets: int) -> None:
         self.until(lambda: all(self.requests[ticket].finished for ticket in tickets))
@@ -232,15 +241,14 @@ class FakeLauncher:
 @contextmanager
 def running(*made: HandEngine) -> Iterator[FakeLauncher]:
     """Engines that run, each on its thread; at the end all their blocks are home."""
-    failures: list[BaseException] = []
+    launcher = FakeLauncher(made)
 
     def run(engine: HandEngine) -> None:
         try:
             engine.engine.run()
         except BaseException as error:  # noqa: BLE001 - shown by the test
-            failures.append(error)
+            launcher.failures.append(error)
 
-    launcher = FakeLauncher(made)
     with engines(*made):
         threads = [threading.Thread(target=run, args=(engine,)) for engine in made]
         for thread in threads:
@@ -253,5 +261,5 @@ def running(*made: HandEngine) -> Iterator[FakeLauncher]:
                 engine.link.inbox.put(Shutdown())
             for thread in threads:
                 thread.join()
-            for failure in failures:
+            for failure in launcher.failures:
                 raise failure

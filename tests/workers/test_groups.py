@@ -2,9 +2,11 @@
 
 import random
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from memserve.messages import ReleasePeer
 from memserve.workers.memory import WorkerMemory
@@ -46,6 +48,63 @@ def test_a_group_gives_the_answer_of_one_instance_around_every_border(num_ranks:
             launcher.finish(ticket)
             assert_answered(asked, 1)
         launcher.until(lambda: quiet(launcher))
+
+
+@pytest.fixture(scope="module")
+def launcher() -> Iterator[FakeLauncher]:
+    with running(*made(4, num_blocks=256, num_dram_blocks=32)) as talking:
+        yield talking
+
+
+CHUNKS = st.sampled_from([1, 4, 9, 16, 64])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    instances=st.permutations(range(4)),
+    num_ranks=st.integers(2, 4),
+    length=st.integers(1, 160),
+    share=st.floats(0, 1),
+    num_new=st.integers(1, 50),
+    turn=st.integers(0, 3),
+    chunk_tokens=st.tuples(CHUNKS, CHUNKS),
+)
+def test_any_group_over_any_cached_prefix_gives_the_right_answer(
+    launcher: FakeLauncher,
+    instances: list[int],
+    num_ranks: int,
+    length: int,
+    share: float,
+    num_new: int,
+    turn: int,
+    chunk_tokens: tuple[int, int],
+) -> None:
+    ticket = 10 * len(launcher.requests) + 1
+    ranks = instances[:num_ranks]
+    prompt = text(ticket, length)
+    first = launcher.submit(
+        ticket,
+        prompt,
+        ranks,
+        chunk_tokens=chunk_tokens[0],
+        max_tokens=1,  # nothing is gathered then: its blocks stay where they are
+        keeps=True,
+    )
+    launcher.finish(ticket)
+    assert_answered(first, 1)
+    num_cached = round(share * (length - 1)) // BLOCK_SIZE
+    second = launcher.submit(
+        ticket + 1,
+        [*prompt[: num_cached * BLOCK_SIZE], *text(ticket + 1, num_new)],
+        ranks[turn % num_ranks :] + ranks[: turn % num_ranks],
+        chunk_tokens=chunk_tokens[1],
+        cached=first.refs[:num_cached],
+    )
+    launcher.finish(ticket + 1)
+    assert_answered(second)
+    assert second.answer[0].num_cached_tokens == num_cached * BLOCK_SIZE
+    launcher.abort(ticket)
+    launcher.until(lambda: quiet(launcher))
 
 
 def test_two_groups_over_the_same_workers_never_wait_for_each_other() -> None:
