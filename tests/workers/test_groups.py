@@ -51,7 +51,7 @@ def test_a_group_gives_the_answer_of_one_instance_around_every_border(num_ranks:
 
 
 @pytest.fixture(scope="module")
-def launcher() -> Iterator[FakeLauncher]:
+def four() -> Iterator[FakeLauncher]:
     with running(*made(4, num_blocks=256, num_dram_blocks=32)) as talking:
         yield talking
 
@@ -70,7 +70,7 @@ CHUNKS = st.sampled_from([1, 4, 9, 16, 64])
     chunk_tokens=st.tuples(CHUNKS, CHUNKS),
 )
 def test_any_group_over_any_cached_prefix_gives_the_right_answer(
-    launcher: FakeLauncher,
+    four: FakeLauncher,
     instances: list[int],
     num_ranks: int,
     length: int,
@@ -79,10 +79,10 @@ def test_any_group_over_any_cached_prefix_gives_the_right_answer(
     turn: int,
     chunk_tokens: tuple[int, int],
 ) -> None:
-    ticket = 10 * len(launcher.requests) + 1
+    ticket = 10 * len(four.requests) + 1
     ranks = instances[:num_ranks]
     prompt = text(ticket, length)
-    first = launcher.submit(
+    first = four.submit(
         ticket,
         prompt,
         ranks,
@@ -90,21 +90,21 @@ def test_any_group_over_any_cached_prefix_gives_the_right_answer(
         max_tokens=1,  # nothing is gathered then: its blocks stay where they are
         keeps=True,
     )
-    launcher.finish(ticket)
+    four.finish(ticket)
     assert_answered(first, 1)
     num_cached = round(share * (length - 1)) // BLOCK_SIZE
-    second = launcher.submit(
+    second = four.submit(
         ticket + 1,
         [*prompt[: num_cached * BLOCK_SIZE], *text(ticket + 1, num_new)],
         ranks[turn % num_ranks :] + ranks[: turn % num_ranks],
         chunk_tokens=chunk_tokens[1],
         cached=first.refs[:num_cached],
     )
-    launcher.finish(ticket + 1)
+    four.finish(ticket + 1)
     assert_answered(second)
     assert second.answer[0].num_cached_tokens == num_cached * BLOCK_SIZE
-    launcher.abort(ticket)
-    launcher.until(lambda: quiet(launcher))
+    four.abort(ticket)
+    four.until(lambda: quiet(four))
 
 
 def test_two_groups_over_the_same_workers_never_wait_for_each_other() -> None:
