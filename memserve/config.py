@@ -136,6 +136,14 @@ class ServeConfig:
         "When a prompt's history is copied from another worker instead of computed.",
         choices=("cost", "always", "never"),
     )
+    max_sp: int = _flag(
+        1,
+        "Most workers that prefill one prompt together (sequence parallelism); 0: as many as there "
+        "are, where that pays or the prompt fits no worker alone; 1: never.",
+    )
+    sp_min_tokens: int = _flag(
+        512, "Prompts with fewer tokens to compute are prefilled by one worker, if they fit it."
+    )
     elastic_roles: bool = _flag(
         True, "Let workers change between prefill and decode with the load."
     )

@@ -112,9 +112,12 @@ def check_ranges(config: ServeConfig) -> None:
         "max_num_queued_reqs",
         "max_num_queued_tokens",
         "max_connections",
+        "sp_min_tokens",
     ):
         if getattr(config, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
+    if config.max_sp < 0:
+        raise UsageError("--max-sp must not be negative; 0 lets the cost model decide")
     for name in ("handover_timeout", "shutdown_timeout"):
         if not 0 <= getattr(config, name) < math.inf:
             raise UsageError(f"--{name.replace('_', '-')} must be a number of seconds")
@@ -157,6 +160,9 @@ def scheduler_config(config: ServeConfig) -> SchedulerConfig:
         elastic_roles=config.elastic_roles,
         slo_ttft=seconds(config.slo_ttft),
         slo_tpot=seconds(config.slo_tpot),
+        max_sp=config.max_sp,
+        sp_min_tokens=config.sp_min_tokens,
+        dram_in_place=config.dram_cache_dtype != "int8",
     )
 
 
@@ -245,6 +251,7 @@ async def serving(config: ServeConfig, prepared: PreparedModel) -> AsyncIterator
             calibration=config.calibration and by_cost,
             returns=config.context_caching == "3",
             worker_timeout=config.worker_timeout,
+            max_sp=config.max_sp,
         )
         async with cluster.running():
             settings = ServerSettings(
@@ -258,6 +265,7 @@ async def serving(config: ServeConfig, prepared: PreparedModel) -> AsyncIterator
                 client_timeout=config.client_timeout,
                 request_timeout=config.request_timeout,
                 slo=Slo(seconds(config.slo_ttft), seconds(config.slo_tpot)),
+                answer_room=cluster.answer_room,
             )
             app = create_app(
                 cluster,
@@ -282,7 +290,7 @@ def servable_length(engine: EngineConfig, cluster: Cluster) -> int:
     if cluster.max_sequence_tokens >= engine.max_model_len:
         return engine.max_model_len
     logger.warning(
-        "the KV cache of a worker holds %d tokens: longer requests are refused "
+        "there is KV cache for %d tokens of one request: longer ones are refused "
         "(raise --kv-cache-memory for the model's %d)",
         cluster.max_sequence_tokens,
         engine.max_model_len,

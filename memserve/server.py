@@ -111,6 +111,7 @@ def create_app(
             base_seed=settings.seed,
             numbers=itertools.count(),
             memo=memo,
+            answer_room=settings.answer_room,
         ),
         metrics=Metrics(settings.model_name, settings.max_model_len, collectors, settings.slo),
         settings=settings,

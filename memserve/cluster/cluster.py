@@ -15,7 +15,9 @@ from contextlib import asynccontextmanager
 from typing import Any, assert_never
 
 from memserve.cluster.admission import Admission
+from memserve.cluster.capacity import Capacity
 from memserve.cluster.elastic import adapt_roles, drain, join, set_role
+from memserve.cluster.groups import Groups
 from memserve.cluster.inspecting import Inspections, InstanceReport
 from memserve.cluster.instance import Instance, InstancePlan, Spawn, spawn_process
 from memserve.cluster.knowledge import Knowledge
@@ -61,7 +63,8 @@ class Cluster:
 
     With `calibration` workers time a few steps before their first request, for the scheduler. With
     `returns` the KV of answers comes back to where their prompts were prefilled. A worker that is
-    silent for `worker_timeout` seconds is taken for dead.
+    silent for `worker_timeout` seconds is taken for dead. At most `max_sp` workers prefill a prompt
+    together; 0: all of them may.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class Cluster:
         calibration: bool = False,
         returns: bool = True,
         worker_timeout: float = 10.0,
+        max_sp: int = 1,
         spawn: Spawn = spawn_process,
     ) -> None:
         self.plan = plans[0]
@@ -91,7 +95,16 @@ class Cluster:
             enabled=returns,
             counts=self.recoveries,
         )
-        self._streams = Streams(scheduler, self._members.by_number, self.returns.ended)
+        self.groups = Groups(
+            scheduler, self._members.by_number, block_size=plans[0].engine.block_size
+        )
+        self._max_sp = max_sp
+        self._streams = Streams(
+            scheduler,
+            self._members.by_number,
+            self.groups,
+            self.returns.ended,
+        )
         self._requests: dict[str, Request] = {}
         self._admission = Admission(max_num_queued_reqs, max_num_queued_tokens)
         self._inspections = Inspections()
@@ -104,11 +117,13 @@ class Cluster:
             self._streams,
             scheduler,
             self._members.by_number,
-            hopeless=lambda: not self._hopeful,
+            hopeless=self._hopeless,
+            fits_one=self._fits_one,
             forgive=self.reviver.forgive,
             counts=self.recoveries,
         )
-        self._max_sequence_tokens = 0
+        self._num_blocks = 0
+        """Of the smallest HBM arena."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
@@ -154,8 +169,22 @@ class Cluster:
 
     @property
     def max_sequence_tokens(self) -> int:
-        """Longest prompt plus answer that fits the arena of every instance."""
-        return self._max_sequence_tokens
+        """Longest prompt plus answer that fits a worker, or a group of as many as may be."""
+        return self._capacity(len(self.instances) + len(self.down())).longest
+
+    def answer_room(self, num_prompt_tokens: int) -> int:
+        """Most tokens that the answer to such a prompt may have, if the client doesn't say."""
+        return self._capacity(len(self.instances) + len(self.down())).answer_room(num_prompt_tokens)
+
+    def _capacity(self, num_workers: int) -> Capacity:
+        """What fits so many workers."""
+        engine = self.plan.engine
+        return Capacity(
+            num_blocks=self._num_blocks,
+            block_size=engine.block_size,
+            chunk_tokens=engine.max_num_batched_tokens,
+            max_ranks=min(self._max_sp or num_workers, num_workers),
+        )
 
     def problems(self) -> list[str]:
         """Why nobody can serve; empty while somebody can."""
@@ -197,6 +226,7 @@ class Cluster:
 
     def reset_prefix_cache(self) -> None:
         """Make every instance drop the history that no request is using; it tells what that was."""
+        self.groups.reset()
         for instance in self.instances:
             instance.send(ResetPrefixCache())
 
@@ -277,8 +307,7 @@ class Cluster:
             block_bytes=instance.block_bytes,
             epoch=instance.epoch,
         )
-        sizes = [member.num_cache_tokens for member in self.instances]
-        self._max_sequence_tokens = min(sizes)
+        self._num_blocks = min(member.num_blocks[0] for member in self.instances)
         self.reviver.started(instance)
         self._streams.note_change()
 
@@ -293,6 +322,7 @@ class Cluster:
         self.scheduler.leave(instance.number)
         self._knowledge.lose(instance)
         self._liveness.forget(instance)
+        self.groups.lose(instance)
         self._inspections.lose(instance)
         self._calls.lose(instance)
         self._streams.note_change()
@@ -301,22 +331,30 @@ class Cluster:
 
     def _admit(self, generation: Generation) -> None:
         """Refuse what can't be served at all, or not now."""
-        if not self._hopeful:
+        if not self.scheduler.roles() and not self.reviver.num_coming:
             raise Overloaded("; ".join(self.problems()))
         if generation.request_id in self._requests:
             raise InvalidRequest(f"request id {generation.request_id!r} is in use")
-        num_tokens = len(generation.prompt) + generation.sampling.max_tokens
-        if num_tokens > self.max_sequence_tokens:
-            raise InvalidRequest(
-                f"prompt and answer may take {num_tokens} tokens, but the KV cache of a worker "
-                f"holds {self.max_sequence_tokens}"
-            )
+        capacity = self._capacity(len(self.instances) + len(self.down()))
+        capacity.check(len(generation.prompt), generation.sampling.max_tokens)
         self._admission.check(generation)
 
-    @property
-    def _hopeful(self) -> bool:
-        """Whether somebody serves or will serve."""
-        return bool(self.scheduler.roles()) or self.reviver.any_coming
+    def _hopeless(self, ask: Ask) -> str:
+        """Why nobody serves a request nor will; empty if somebody may."""
+        num_workers = len(self.scheduler.roles()) + self.reviver.num_coming
+        if not num_workers:
+            return f"no worker is left, and none will come back: {'; '.join(self.problems())}"
+        if self._capacity(num_workers).fits(len(ask.prompt), ask.max_tokens):
+            return ""
+        return (
+            f"this prompt needs the KV cache of more workers than the {num_workers} that are left"
+        )
+
+    def _fits_one(self, request: Request) -> bool:
+        """Whether one worker can hold a request."""
+        generation = request.generation
+        num_tokens = len(generation.prompt) + generation.sampling.max_tokens
+        return num_tokens <= self._capacity(1).num_tokens
 
     async def _place(self, ask: Ask) -> Placement:
         """The scheduler's decision, once there is somebody to decide for."""
@@ -324,8 +362,8 @@ class Cluster:
             try:
                 return decide(self.scheduler, ask)
             except LookupError:
-                if not self._hopeful:
-                    raise Overloaded("; ".join(self.problems())) from None
+                if reason := self._hopeless(ask):
+                    raise Overloaded(reason) from None
             await self._streams.change()
 
     async def _tokens(self, request: Request) -> AsyncIterator[ChoiceToken]:
@@ -398,7 +436,15 @@ class Cluster:
                 self._inspections.answer(query, message)
             case PoolAnswer(number, reply):
                 self._calls.answer(number, reply)
-            case Ready() | StartFailed() | Joined() | LeftGroup() | Gathered() | LetGo():
+            case Joined(ticket, refs):
+                self.groups.joined(instance, ticket, refs)
+            case LeftGroup():
+                self._streams.left(instance, message)
+            case Gathered(ticket):
+                self._streams.gathered(ticket)
+            case LetGo(ticket):
+                self.groups.let_go(instance, ticket)
+            case Ready() | StartFailed():
                 raise AssertionError(f"not expected here: {message}")
             case _:
                 assert_never(message)

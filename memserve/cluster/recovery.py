@@ -36,7 +36,8 @@ HARMLESS_TOKENS = 16
 class Recovery:
     """Sends lost streams again.
 
-    `hopeless` says whether nobody serves nor will; `forgive` takes a death off an instance's account.
+    `hopeless` says why nobody serves a request nor will, if that is so; `fits_one` whether it can be
+    given to one instance; `forgive` takes a death off an instance's account.
     """
 
     def __init__(
@@ -45,7 +46,8 @@ class Recovery:
         scheduler: Scheduler,
         instances: Mapping[int, Instance],
         *,
-        hopeless: Callable[[], bool],
+        hopeless: Callable[[Ask], str],
+        fits_one: Callable[[Request], bool],
         forgive: Callable[[int], None],
         counts: Recoveries,
     ) -> None:
@@ -53,6 +55,7 @@ class Recovery:
         self._scheduler = scheduler
         self._instances = instances
         self._hopeless = hopeless
+        self._fits_one = fits_one
         self._forgive = forgive
         self._waiting: list[Stream] = []
         self._suspect: Request | None = None
@@ -70,6 +73,9 @@ class Recovery:
             suspect.alone_on = self._suspect = None
             if streams and all(stream.request is suspect for stream in streams):
                 self._judge(suspect, of_itself=of_itself)
+        for request in {stream.request for stream in streams}:
+            if len(request.died_with) > SUSPICIOUS_DEATHS and not self._fits_one(request):
+                self._convict(request)
         self._waiting += [stream for stream in streams if not stream.closed]
 
     async def run(self) -> None:
@@ -79,9 +85,11 @@ class Recovery:
             await self._streams.change()
 
     def _tend(self) -> None:
+        self._waiting += self._streams.dissolved
+        self._streams.dissolved.clear()
         self._waiting = [stream for stream in self._waiting if not stream.closed]
         self._watch_suspect()
-        suspects = [stream for stream in self._waiting if is_suspicious(stream.request)]
+        suspects = [stream for stream in self._waiting if self._must_be_alone(stream.request)]
         if suspects and self._suspect is None:
             # What dies at once has got least far.
             self._isolate(min(suspects, key=lambda stream: len(stream.answer)).request)
@@ -92,10 +100,10 @@ class Recovery:
 
     def _send_again(self, stream: Stream) -> bool:
         request = stream.request
-        ask = ask_of(request, stream.answer)
+        ask = ask_of(request, stream.answer, may_share=stream.may_share)
         if request is self._suspect:
             placement = self._alone(stream)
-        elif is_suspicious(request) and not self._hopeless():
+        elif self._must_be_alone(request) and not self._hopeless(ask):
             placement = None
         else:
             placement = self._anywhere(stream, ask)
@@ -115,11 +123,18 @@ class Recovery:
         try:
             return decide(self._scheduler, ask)
         except LookupError:
-            if self._hopeless():
-                self._streams.fail(stream, Overloaded("no worker is left, and none will come back"))
+            if reason := self._hopeless(ask):
+                self._streams.fail(stream, Overloaded(reason))
             return None
 
     # The one that may be to blame
+
+    def _must_be_alone(self, request: Request) -> bool:
+        """Whether it was there so often when a worker died that it may be the cause.
+
+        One that fits only a group is tried there once more.
+        """
+        return len(request.died_with) >= SUSPICIOUS_DEATHS and self._fits_one(request)
 
     def _isolate(self, request: Request) -> None:
         """Let the least loaded instance take nothing new, so that the suspect can have it alone."""
@@ -146,6 +161,7 @@ class Recovery:
             num_fetched_tokens=0,
             fetch=None,
             prediction=None,
+            group=None,
         )
 
     def _watch_suspect(self) -> None:
@@ -189,19 +205,15 @@ class Recovery:
         self._counts.num_convicted += 1
         for number in request.died_with:
             self._forgive(number)
+        last = ", the last one on nothing else" if self._fits_one(request) else ""
         reason = (
-            f"{len(request.died_with)} workers have died while they worked on this request, the last "
-            "one on nothing else; it is not tried again"
+            f"{len(request.died_with)} workers have died while they worked on this request{last}; "
+            "it is not tried again"
         )
         logger.error("request %s has failed: %s", request.generation.request_id, reason)
         for stream in request.streams:
             if not stream.closed:
                 self._streams.fail(stream, RequestFailed(reason))
-
-
-def is_suspicious(request: Request) -> bool:
-    """Whether it was there so often when a worker died that it may be the cause."""
-    return len(request.died_with) >= SUSPICIOUS_DEATHS
 
 
 def decide(scheduler: Scheduler, ask: Ask) -> Placement:
@@ -214,7 +226,7 @@ def decide(scheduler: Scheduler, ask: Ask) -> Placement:
         counters.decision_seconds += time.perf_counter() - start
 
 
-def ask_of(request: Request, answer: list[int]) -> Ask:
+def ask_of(request: Request, answer: list[int], *, may_share: bool = True) -> Ask:
     """What the scheduler is asked for a request with this answer so far."""
     generation = request.generation
     return Ask(
@@ -225,4 +237,5 @@ def ask_of(request: Request, answer: list[int]) -> Ask:
         priority=generation.priority,
         tenant=generation.tenant,
         session=generation.session,
+        may_share=may_share,
     )

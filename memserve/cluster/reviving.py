@@ -76,9 +76,9 @@ class Reviver:
         self._counts = counts
 
     @property
-    def any_coming(self) -> bool:
-        """Whether one that is down is to serve again."""
-        return bool(self._coming)
+    def num_coming(self) -> int:
+        """How many that are down are to serve again."""
+        return len(self._coming)
 
     def started(self, instance: Instance) -> None:
         """A worker serves."""

@@ -8,16 +8,21 @@ of a ticket's life is reported to the scheduler here, and nowhere else.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from memserve.cluster.groups import Groups
 from memserve.cluster.instance import Instance
 from memserve.errors import RequestError, RequestFailed
 from memserve.generation import ChoiceToken, Generation
 from memserve.messages import Abort, Expect, Published, Settle, Submit, TokenEvent
+from memserve.parallel.messages import LeftGroup
 from memserve.scheduler.interface import Ask, Placement
 from memserve.scheduler.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
 
 Outlet = asyncio.Queue[ChoiceToken | RequestError]
 
@@ -55,6 +60,8 @@ class Stream:
     """Its tokens so far."""
     num_kept: int = 0
     """Of those, the ones that came before it was last dispatched."""
+    may_share: bool = True
+    """Whether a group may prefill it, if it fits one instance alone: none was dissolved before."""
     finished: bool = False
     """Whether its last token has come."""
     closed: bool = False
@@ -66,20 +73,27 @@ class Stream:
 
 
 class Streams:
-    """The streams by ticket; `ended` hears of each that is over, when its workers were told."""
+    """The streams by ticket.
+
+    `ended` hears of each that is over, when its workers were told.
+    """
 
     def __init__(
         self,
         scheduler: Scheduler,
         instances: Mapping[int, Instance],
+        groups: Groups,
         ended: Callable[[Stream], None],
     ) -> None:
         self._scheduler = scheduler
         self._instances = instances
+        self._groups = groups
         self._ended = ended
         self._next_ticket = 1
         self._streams: dict[int, Stream] = {}
         self._changed = asyncio.Event()
+        self.dissolved: list[Stream] = []
+        """Those whose group could not go on: nobody works on them till `send` is called again."""
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -103,8 +117,13 @@ class Streams:
         if stream.decode is not stream.prefill:
             stream.holders.add(stream.decode.number)
             stream.decode.send(expectation(stream))
-        stream.holders.add(stream.prefill.number)
-        stream.prefill.send(submission(stream))
+        work, group = submission(stream), placement.group
+        if group is None:
+            stream.holders.add(stream.prefill.number)
+            stream.prefill.send(work)
+        else:
+            stream.holders.update(group.instances)
+            self._groups.form(work, group)
 
     def close(self, stream: Stream) -> None:
         """Forget a stream and make the workers forget it too; nothing happens if it is closed."""
@@ -120,6 +139,7 @@ class Streams:
         if self._streams.pop(stream.ticket, None) is None:
             return False
         self._scheduler.ended(stream.ticket, time.monotonic())
+        self._groups.forget(stream.ticket)
         for number in stream.holders:
             self._instances[number].send(Abort(stream.ticket))
         stream.holders.clear()
@@ -134,17 +154,23 @@ class Streams:
         """An instance has died: the streams that nobody works on any more.
 
         Where only the decode instance has died and had not taken over, the prefill instance goes on.
+        A group needs all of its ranks.
         """
         held = self.on(instance)
         for request in {stream.request for stream in held}:
             request.died_with.append(instance.number)
         for stream in held:
             stream.holders.discard(instance.number)
-        lost = [stream for stream in held if stream.owner is instance]
+        lost = [
+            stream
+            for stream in held
+            if stream.owner is instance or instance.number in self._groups.ranks(stream.ticket)
+        ]
         for stream in lost:
+            self._groups.dissolved(stream.ticket)
             self._take_back(stream)
         for stream in held:
-            if stream.owner is not instance:
+            if stream not in lost:
                 self._decode_where_prefilled(stream)
                 stream.prefill.send(Settle(stream.ticket, accepted=False))
         self.note_change()
@@ -186,8 +212,16 @@ class Streams:
             self.note_change()
         if event.finish is not None:
             stream.finished = True
-            stream.holders.discard(instance.number)
+            self._let_rest(stream)
             self.close(stream)
+
+    def _let_rest(self, stream: Stream) -> None:
+        """The last token has come: who generated it has ended the ticket, but for a group's ranks."""
+        ranks = self._groups.ranks(stream.ticket)
+        if not ranks:
+            stream.holders.discard(stream.owner.number)
+        elif self._groups.keep(stream.ticket):
+            stream.holders.difference_update(ranks)
 
     def published(self, message: Published) -> None:
         """Blocks can be pulled: tell the decode instance."""
@@ -204,6 +238,7 @@ class Streams:
             self.note_change()
             self._scheduler.decodes_at(ticket, stream.decode.number, time.monotonic())
             stream.prefill.send(Settle(ticket, accepted=True))
+            stream.holders.difference_update(self._groups.handed_over(ticket))
 
     def declined(self, instance: Instance, ticket: int) -> None:
         """The decode instance has no room."""
@@ -224,6 +259,9 @@ class Streams:
         if stream.owner is stream.decode:
             stream.prefill.send(Settle(ticket, accepted=True))
             return
+        if self._groups.ranks(ticket):
+            self._dissolve(stream)
+            return
         stream.holders.discard(stream.decode.number)
         stream.decode.send(Abort(ticket))
         self._decode_where_prefilled(stream)
@@ -233,6 +271,31 @@ class Streams:
         stream = self._streams.get(ticket)
         if stream is not None:
             self.fail(stream, RequestFailed(reason))
+
+    def gathered(self, ticket: int) -> None:
+        """A group's leader needs the other ranks no more."""
+        others = self._groups.gathered(ticket)
+        if (stream := self._streams.get(ticket)) is not None:
+            stream.holders.difference_update(others)
+            self.note_change()
+
+    def left(self, instance: Instance, message: LeftGroup) -> None:
+        """A rank can't go on: its group is dissolved, and the request tried again without one."""
+        stream = self._streams.get(message.ticket)
+        if stream is None or instance.number not in self._groups.ranks(message.ticket):
+            return  # it is dissolved already
+        logger.warning(
+            "ticket %d: %s has left its group: %s", message.ticket, instance.name, message.reason
+        )
+        stream.holders.discard(instance.number)
+        self._dissolve(stream)
+
+    def _dissolve(self, stream: Stream) -> None:
+        self._groups.dissolved(stream.ticket)
+        self._take_back(stream)
+        stream.may_share = False
+        self.dissolved.append(stream)
+        self.note_change()
 
     def _decode_where_prefilled(self, stream: Stream) -> None:
         self.note_change()

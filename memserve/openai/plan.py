@@ -6,7 +6,7 @@ thread. They raise `InvalidRequest` (400) and `NotFound` (404).
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,6 +46,8 @@ class ServedModel:
     """Counts generations; `next` is atomic, so threads may share it."""
     memo: ChatMemo
     """The tokens of the conversations that were served."""
+    answer_room: Callable[[int], int] | None = None
+    """Most tokens of an answer by its prompt's length, if the client asks for none."""
 
     def check_name(self, name: str | None) -> None:
         """Raise `NotFound` when a client asks for another model; no name means this one."""
@@ -217,7 +219,7 @@ def _plan(
             max_tokens=validation.num_output_tokens(
                 num_prompt_tokens=len(kept),
                 asked=max_tokens,
-                default=COMPLETION_MAX_TOKENS if kind == "completion" else None,
+                default=_default_tokens(model, kind, len(kept)),
                 max_model_len=model.max_model_len,
                 field="prompt" if kind == "completion" else "messages",
             ),
@@ -320,6 +322,15 @@ def _echoed(prompts: list[str | list[int]], tokenizer: Tokenizer) -> list[str]:
         prompt if isinstance(prompt, str) else tokenizer.decode(prompt, skip_special_tokens=False)
         for prompt in prompts
     ]
+
+
+def _default_tokens(model: ServedModel, kind: str, num_prompt_tokens: int) -> int | None:
+    """Most tokens of an answer if the client asks for none; None: the model's limit alone."""
+    if kind == "completion":
+        return COMPLETION_MAX_TOKENS
+    if model.answer_room is None:
+        return None
+    return max(1, model.answer_room(num_prompt_tokens))
 
 
 def _truncated(prompt: list[int], keep: int | None, max_model_len: int) -> list[int]:

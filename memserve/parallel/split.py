@@ -38,3 +38,16 @@ def slices(chunk: Range, *, num_ranks: int, block_size: int) -> list[list[Range]
     parts = list(pairwise(bounds))
     shares = ([parts[rank], parts[num_slices - 1 - rank]] for rank in range(num_ranks))
     return [[part for part in share if part[0] < part[1]] for share in shares]
+
+
+def owners(
+    start: int, end: int, *, num_ranks: int, chunk_tokens: int, block_size: int
+) -> list[int]:
+    """The rank that fills each block of the tokens from `start`, a block's first, to `end`."""
+    found: list[tuple[int, int]] = []
+    for chunk in chunks(
+        start, end, num_ranks=num_ranks, chunk_tokens=chunk_tokens, block_size=block_size
+    ):
+        for rank, share in enumerate(slices(chunk, num_ranks=num_ranks, block_size=block_size)):
+            found += [(first, rank) for part in share for first in range(*part, block_size)]
+    return [rank for _, rank in sorted(found)]

@@ -15,14 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memserve.scheduler.cost import CopyModel, StepModel
+from memserve.scheduler.groups import GroupChooser, Outlook
 from memserve.scheduler.interface import Ask, FetchPolicy, Prediction, SchedulerConfig
 from memserve.scheduler.layout_model import Split
 from memserve.scheduler.lengths import OutputLengths
 from memserve.scheduler.loads import Loads
+from memserve.scheduler.objectives import missed
 from memserve.scheduler.policies import Choice, Floats, Question
-
-SLO_WEIGHT = 10.0
-"""Seconds that a missed SLO is worth, and again for each time that it is missed over."""
 
 MAX_PRESSURE = 0.9
 
@@ -78,12 +77,14 @@ class LeastDelay:
         steps: StepModel,
         copies: CopyModel,
         lengths: OutputLengths,
+        groups: GroupChooser,
     ) -> None:
         self._config = config
         self._steps = steps
         self._copies = copies
         self._lengths = lengths
         self._split = Split()
+        self._groups = groups
 
     def choose(self, question: Question, loads: Loads) -> Choice:
         """See `policies.Policy.choose`."""
@@ -121,7 +122,53 @@ class LeastDelay:
             best = loads.least(both, np.isfinite(both))
         if pair is None or both[best] <= at_prefill[pair[0]] + at_decode[pair[1]]:
             pair = (best, best)
-        return self._choice(pair, prefill, decode, float(handover[pair[1]]))
+        alone = self._choice(pair, prefill, decode, float(handover[pair[1]]))
+        if not self._groups.possible(question, loads):
+            return alone
+        outlook = self._outlook(question, loads, state, prefills, waking)
+        outlook.decode = decode.own
+        outlook.here = np.where(decodes, decode.own + decode.harm + later, np.inf)
+        outlook.elsewhere = np.where(decodes, at_decode, np.inf)
+        cost = both[best] if pair[0] == pair[1] else at_prefill[pair[0]] + at_decode[pair[1]]
+        return self._shared(question, loads, outlook, float(cost)) or alone
+
+    def _shared(
+        self, question: Question, loads: Loads, outlook: Outlook, cost: float
+    ) -> Choice | None:
+        """The best group, if it is better than the best placement on one or two instances."""
+        required = self._groups.required(question, loads)
+        group = self._groups.best(question, loads, outlook, below=np.inf if required else cost)
+        if group is None and required:
+            raise LookupError("no group of instances has the room for it")
+        return group
+
+    def _outlook(
+        self,
+        question: Question,
+        loads: Loads,
+        state: _State,
+        prefills: NDArray[np.bool_],
+        waking: Floats,
+    ) -> Outlook:
+        """What a group depends on."""
+        rows, nothing = loads.rows, np.zeros(len(loads))
+        work_price, arrivals = self._prices(loads, question.now)
+        return Outlook(
+            speed=state.speed,
+            step=state.step,
+            beside=state.beside,
+            wait=self._wait(loads, state, question.now),
+            there=state.batch + np.minimum(rows["num_incoming"], rows["num_queued"]),
+            rest=state.rest,
+            prefills=prefills,
+            here=nothing,
+            elsewhere=nothing,
+            decode=nothing,
+            waking=waking,
+            idle=(rows["num_queued"] + rows["num_decoding"] == 0).astype(float),
+            work_price=work_price,
+            arrivals=arrivals,
+        )
 
     def _choice(
         self, pair: tuple[int, int], prefill: _Prefill, decode: _Decode, handover: float
@@ -202,16 +249,20 @@ class LeastDelay:
         harm = there * delay * np.minimum(1.0, state.rest / np.maximum(num_steps, 1.0))
         harm = harm + own * self._later_arrivals(loads, question.now, ttft)
         if (slo := self._config.slo_ttft) is not None:
-            harm = harm + _missed(ttft, slo)
+            harm = harm + missed(ttft, slo)
         return _Prefill(own, ttft, harm, fetched, source)
 
     def _later_arrivals(self, loads: Loads, now: float, ttft: Floats) -> Floats:
         """How many requests yet to come will wait for a prefill that ends after `ttft`."""
-        rows = loads.rows
-        rate = float((rows["rate"] * loads.fading(now)).mean())
-        pressure = float(self._pressure(loads, now).mean())
-        waiting: Floats = WORK_PRICE + rate * ttft / (1.0 - pressure)
+        work_price, arrivals = self._prices(loads, now)
+        waiting: Floats = work_price + arrivals * ttft
         return waiting
+
+    def _prices(self, loads: Loads, now: float) -> tuple[float, float]:
+        """What a second of computing costs, and what it costs more for each second until it ends."""
+        rate = float((loads.rows["rate"] * loads.fading(now)).mean())
+        pressure = float(self._pressure(loads, now).mean())
+        return WORK_PRICE, rate / (1.0 - pressure)
 
     def _in_the_way(self, loads: Loads, now: float) -> Floats:
         """Seconds of prefills that one who is handed over at some time finds on each slot.
@@ -287,9 +338,7 @@ class LeastDelay:
         )
         own = own + np.where(full > 0, full, 0.0) * before * mean_rest / np.maximum(others, 1.0)
         if (slo := self._config.slo_tpot) is not None:
-            harm = (
-                harm + _missed(after, slo) + others * (_missed(after, slo) - _missed(before, slo))
-            )
+            harm = harm + missed(after, slo) + others * (missed(after, slo) - missed(before, slo))
         return _Decode(own, after, harm)
 
     def crowding(self, loads: Loads) -> Floats:
@@ -348,8 +397,3 @@ def _longest_elsewhere(held: Floats) -> tuple[Floats, NDArray[np.int64]]:
     slots = np.arange(len(held))
     source = np.where(slots == best, second, best)
     return held[source], source
-
-
-def _missed(seconds: Floats, slo: float) -> Floats:
-    over = seconds / slo
-    return np.where(over > 1.0, SLO_WEIGHT * over, 0.0)

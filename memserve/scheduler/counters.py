@@ -1,5 +1,6 @@
 """How well the scheduler's predictions and promises were kept, counted since the start."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 
@@ -52,3 +53,8 @@ class Counters:
     num_colocated: int = 0
     num_fetches: int = 0
     num_role_changes: int = 0
+    num_groups: Counter[int] = field(default_factory=Counter)
+    """Prompts that several instances were to prefill together, by their number."""
+    num_shared_blocks: int = 0
+    """What the plans of these groups say is attended to in other ranks' arenas, as
+    `EngineStats.num_remote_blocks` counts it; of those that came to their end."""

@@ -43,6 +43,8 @@ class Ask:
     """Whose share of the workers it takes."""
     session: str = ""
     """The conversation it belongs to, if the client said so."""
+    may_share: bool = True
+    """Whether a group of instances may prefill it together; if it fits one alone, that is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,18 @@ class Fetch:
     first_block: int
     """Number of `refs[0]` in the prompt."""
     refs: list[BlockRef]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupPlan:
+    """Instances that prefill a prompt together (sequence parallelism)."""
+
+    instances: list[int]
+    """By rank; the first leads."""
+    chunk_tokens: int
+    """New tokens that each rank computes in a step."""
+    cached: list[BlockRef]
+    """The prompt's leading blocks, used where they lie in the group."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +95,8 @@ class Placement:
     order: float = 0.0
     """Waiting prompts of an instance start in this order."""
     prediction: Prediction | None = None
+    group: GroupPlan | None = None
+    """Set if several instances prefill it; `prefill` is the leader."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,3 +112,9 @@ class SchedulerConfig:
     elastic_roles: bool = True
     slo_ttft: float | None = None
     slo_tpot: float | None = None
+    max_sp: int = 1
+    """Most instances that prefill one prompt together; 0: as many as there are, 1: never."""
+    sp_min_tokens: int = 512
+    """Prompts with fewer tokens to compute are no group's work, if they fit one instance."""
+    dram_in_place: bool = True
+    """Whether blocks in DRAM can be attended to where they lie: not those of int8."""

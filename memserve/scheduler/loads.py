@@ -63,8 +63,8 @@ class Ticket:
     """One dispatched choice."""
 
     placement: Placement
-    prefill: int
-    """Where it is prefilled; `NOWHERE` if that has gone."""
+    prefill: list[int]
+    """Where it is prefilled, by whom in equal shares; `NOWHERE` for those that have gone."""
     decode: int
     """Where it decodes, or will; `NOWHERE` if that has gone."""
     packed: bytes
@@ -112,8 +112,7 @@ class Loads:
     def leave(self, instance: int, tickets: Iterable[Ticket]) -> None:
         """An instance has gone; of these tickets, some may have been there."""
         for ticket in tickets:
-            if ticket.prefill == instance:
-                ticket.prefill = NOWHERE
+            ticket.prefill = [NOWHERE if one == instance else one for one in ticket.prefill]
             if ticket.decode == instance:
                 ticket.decode = NOWHERE
         self.rows = np.delete(self.rows, self.slot_by_instance[instance])
@@ -184,18 +183,17 @@ class Loads:
     # Tickets
 
     def dispatched(self, ticket: Ticket, prefill_seconds: float, now: float) -> None:
-        """One more ticket; its prefill will take so long."""
+        """One more ticket; its prefill will take each of its instances so long."""
         if now - self._last > 3 * PRESSURE_SECONDS:
             self._began = now
         self._last = now
-        slot = self.slot_by_instance.get(ticket.prefill)
-        if slot is not None:
+        for slot in self._slots_of(ticket.prefill):
             row = self.rows[slot]
             if row["num_queued"] == 0:
                 row["since"] = now
             row["num_queued"] += 1
-            row["queued_tokens"] += ticket.num_new_tokens
-            row["queued_pairs"] += ticket.num_new_pairs
+            row["queued_tokens"] += ticket.num_new_tokens / len(ticket.prefill)
+            row["queued_pairs"] += ticket.num_new_pairs / len(ticket.prefill)
             row["queued_read"] += ticket.num_new_read
             fading = np.exp((row["pressure_at"] - now) / PRESSURE_SECONDS)
             row["pressure"] = row["pressure"] * fading + prefill_seconds / PRESSURE_SECONDS
@@ -270,14 +268,17 @@ class Loads:
         ]
 
     def _leave_queue(self, ticket: Ticket, now: float) -> None:
-        slot = self.slot_by_instance.get(ticket.prefill)
-        if slot is not None:
+        for slot in self._slots_of(ticket.prefill):
             row = self.rows[slot]
             row["since"] = now
             row["num_queued"] -= 1
-            row["queued_tokens"] -= ticket.num_new_tokens
-            row["queued_pairs"] -= ticket.num_new_pairs
+            row["queued_tokens"] -= ticket.num_new_tokens / len(ticket.prefill)
+            row["queued_pairs"] -= ticket.num_new_pairs / len(ticket.prefill)
             row["queued_read"] -= ticket.num_new_read
+
+    def _slots_of(self, instances: Iterable[int]) -> list[int]:
+        """Their slots, without those that have gone."""
+        return [self.slot_by_instance[one] for one in instances if one in self.slot_by_instance]
 
     def _add_decoding(self, ticket: Ticket, sign: int) -> None:
         slot = self.slot_by_instance.get(ticket.decode)

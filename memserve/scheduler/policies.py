@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from memserve.scheduler.interface import Ask, Prediction
 from memserve.scheduler.loads import Loads
+from memserve.scheduler.spread import SpreadPrefix
 
 SESSION_BLOCKS = 4
 """Leading blocks of a prompt that stand for its session where none is named."""
@@ -38,6 +39,19 @@ class Question:
     kept: Floats
     """Leading tokens that a handover to there needn't copy."""
     now: float
+    spread: SpreadPrefix | None = None
+    """A longer prefix that lies spread over several instances."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupChoice:
+    """Slots that prefill a prompt together, the leader first."""
+
+    ranks: list[int]
+    num_cached: int
+    """Leading tokens that are used where they lie."""
+    holder: int | None
+    """Who holds them; None: they are spread, as the question says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +63,8 @@ class Choice:
     source: int | None = None
     num_fetched: int = 0
     prediction: Prediction | None = None
+    group: GroupChoice | None = None
+    """Set if others prefill it together with `prefill`."""
 
 
 class Policy(Protocol):

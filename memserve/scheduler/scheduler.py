@@ -17,12 +17,22 @@ from memserve.scheduler.cost_policy import LeastDelay
 from memserve.scheduler.counters import Counters
 from memserve.scheduler.fairness import FairOrder
 from memserve.scheduler.global_tree import GlobalPromptTree
-from memserve.scheduler.interface import Ask, Fetch, Placement, Role, SchedulerConfig
+from memserve.scheduler.group_cost import GroupModel
+from memserve.scheduler.groups import GroupChooser
+from memserve.scheduler.interface import (
+    Ask,
+    Fetch,
+    GroupPlan,
+    Placement,
+    Role,
+    SchedulerConfig,
+)
 from memserve.scheduler.lengths import OutputLengths
 from memserve.scheduler.loads import Loads, Ticket
 from memserve.scheduler.planner import RolePlanner
 from memserve.scheduler.policies import (
     Choice,
+    GroupChoice,
     LeastLoad,
     LongestPrefix,
     Policy,
@@ -30,6 +40,7 @@ from memserve.scheduler.policies import (
     RoundRobin,
     SessionAffinity,
 )
+from memserve.scheduler.spread import SpreadPrompts
 
 WARM_UP = 50
 """Steps whose times are learned before predictions count for `Counters.prefill_error`."""
@@ -47,8 +58,11 @@ class Scheduler:
         self._fair = FairOrder()
         self.steps = StepModel()
         self.copies = CopyModel()
+        self.groups = GroupModel()
         self.counters = Counters()
-        self._delays = LeastDelay(config, self.steps, self.copies, self._lengths)
+        self._spread = SpreadPrompts(config.block_size)
+        self._chooser = GroupChooser(config, self.steps, self.groups)
+        self._delays = LeastDelay(config, self.steps, self.copies, self._lengths, self._chooser)
         self._planner = RolePlanner()
         self._policy = self._make_policy()
         self._packed: tuple[list[int], bytes] = ([], b"")
@@ -98,19 +112,22 @@ class Scheduler:
     def place(self, ask: Ask, now: float) -> Placement:
         """Where a request should run.
 
-        A role that nobody has, all take over. Raises `LookupError` when no instance serves.
+        A role that nobody has, all take over. Raises `LookupError` when no instance serves, or none
+        has the room and no group of them has.
         """
         if not self._loads.rows["serves"].any():
             raise LookupError("no instance serves")
         question = self._question(ask, now)
-        choice = self._policy.choose(question, self._loads)
-        for slot in {choice.prefill, choice.decode}:
+        required = self._chooser.required(question, self._loads)
+        choice = (self._delays if required else self._policy).choose(question, self._loads)
+        ranks = choice.group.ranks if choice.group else []
+        for slot in {choice.prefill, choice.decode, *ranks}:
             self._loads.choose(slot)
         instances = self._loads.rows["instance"]
         flow = ask.tenant or ask.session
         reuse = self._config.context_caching
         colocated = choice.prefill == choice.decode
-        cached = int(question.cached[choice.prefill])
+        cached = choice.group.num_cached if choice.group else int(question.cached[choice.prefill])
         fetch = self._fetch(ask, question, choice, cached)
         num_fetched = len(fetch.refs) * self._config.block_size if fetch else 0
         if fetch:
@@ -125,6 +142,7 @@ class Scheduler:
             reuse_decode=reuse in ("2", "3") or (colocated and reuse != "off"),
             order=self._fair.order(flow, ask.priority),
             prediction=choice.prediction,
+            group=self._group_plan(question, choice.group) if choice.group else None,
         )
 
     def dispatched(
@@ -135,18 +153,22 @@ class Scheduler:
         num_prompt = len(ask.prompt)
         # The first choice computes the prompt, the others find it cached.
         num_done = placement.num_cached_tokens + placement.num_fetched_tokens
-        num_new = num_prompt - num_done if choice == 0 else 1
+        group = placement.group
+        num_new = num_prompt - num_done if choice == 0 or group else 1
         flow = ask.tenant or ask.session
-        seconds = self._prefill_seconds(num_new, num_prompt - num_new)
+        seconds = self._prefill_seconds(num_new, num_prompt - num_new, group)
         length = self._lengths.remaining(0, ask.max_tokens)
+        added_to = list(group.instances) if group else [placement.prefill]
         added = Ticket(
             placement=placement,
-            prefill=placement.prefill,
+            prefill=added_to,
             decode=placement.decode,
             packed=packed,
             salt=ask.salt,
             flow=flow,
-            start=self._fair.charge(flow, seconds + length * self.steps.costs.decode),
+            start=self._fair.charge(
+                flow, seconds * len(added_to) + length * self.steps.costs.decode
+            ),
             num_prompt_tokens=num_prompt,
             max_tokens=ask.max_tokens,
             num_new_tokens=num_new,
@@ -164,6 +186,8 @@ class Scheduler:
         if choice == 0:
             self.counters.num_colocated += placement.prefill == placement.decode
             self.counters.num_fetches += placement.fetch is not None
+        if group is not None:
+            self.counters.num_groups[len(group.instances)] += 1
 
     def first_token(self, ticket: int, now: float) -> None:
         """The prompt of a ticket is computed; its first token counts as one of `token`."""
@@ -171,6 +195,8 @@ class Scheduler:
         if found is None or found.first_token_at:
             return
         self._loads.first_token(found, now)
+        if found.placement.group is not None:
+            self.counters.num_shared_blocks += self._num_shared_blocks(found.placement.group, found)
         self._fair.served(found.start)
         ttft = now - found.dispatched_at
         if found.placement.prediction is not None:
@@ -226,6 +252,14 @@ class Scheduler:
         """An instance's cache is empty."""
         self._tree.forget(instance)
 
+    def spread(self, ticket: int, tokens: list[int], salt: str, refs: list[BlockRef]) -> list[int]:
+        """A group keeps a prompt's blocks under a ticket; the tickets that this makes superfluous."""
+        return self._spread.add(ticket, pack_tokens(tokens), salt, refs)
+
+    def let_go(self, ticket: int) -> None:
+        """A spread prompt is not kept any more; unknown ones are ignored."""
+        self._spread.remove(ticket)
+
     def locate(self, instance: int, tokens: list[int], salt: str) -> list[BlockRef]:
         """What an instance holds of the whole blocks of `tokens`, in order, on any tier."""
         return self._tree.locate(instance, pack_tokens(tokens), salt)
@@ -250,10 +284,13 @@ class Scheduler:
         if num_busy is None:
             num_busy = max(1, self._loads.num_busy)
         for step in steps:
-            if predictable and step.num_prefill_tokens:
+            if predictable and step.num_prefill_tokens and step.num_ranks == 1:
                 predicted = self.steps.seconds(instance, step, num_busy)
                 self.counters.prefill_error.add(predicted, step.seconds)
-        self.steps.learn(instance, steps, num_busy)
+            if step.num_ranks > 1:
+                work = self.steps.seconds(instance, step, max(num_busy, step.num_ranks))
+                self.groups.learn(step.num_ranks, work, self.steps.costs.step, step.seconds)
+        self.steps.learn(instance, [step for step in steps if step.num_ranks == 1], num_busy)
         self.copies.learn(copies)
         self._loads.rows["scale"][slot] = self.steps.scale(instance)
 
@@ -291,12 +328,14 @@ class Scheduler:
         packed = self._pack(ask.prompt)
         caching, size = self._config.context_caching, self._config.block_size
         held = fast = reach = np.zeros(len(self._loads))
+        spread = None
         if caching != "off":
             # One token is always computed.
             end = (len(ask.prompt) - 1) // size * size * TOKEN_BYTES
             found = self._tree.match(packed[:end], ask.salt)
             held, fast = self._loads.by_slot(found.held), self._loads.by_slot(found.fast)
             reach = np.maximum(held, self._loads.by_slot(found.expected))
+            spread = self._spread.longest(packed[:end], ask.salt) if len(self._spread) else None
         return Question(
             ask=ask,
             packed=packed,
@@ -305,7 +344,29 @@ class Scheduler:
             slow=(held - fast) * size,
             kept=(reach if caching in ("2", "3") else np.zeros(len(self._loads))) * size,
             now=now,
+            spread=spread,
         )
+
+    def _group_plan(self, question: Question, group: GroupChoice) -> GroupPlan:
+        instances = self._loads.rows["instance"]
+        if group.holder is None:
+            assert question.spread is not None
+            cached = question.spread.refs
+        else:
+            holder = int(instances[group.holder])
+            cached = self._tree.locate(holder, question.packed, question.ask.salt)
+        return GroupPlan(
+            instances=[int(instances[slot]) for slot in group.ranks],
+            chunk_tokens=self._config.max_num_batched_tokens,
+            cached=cached[: group.num_cached // self._config.block_size],
+        )
+
+    def _num_shared_blocks(self, group: GroupPlan, ticket: Ticket) -> int:
+        """What its ranks read of each other, by the plan."""
+        num_ranks, size = len(group.instances), self._config.block_size
+        work = self._chooser.work(len(group.cached) * size, ticket.num_prompt_tokens, num_ranks)
+        owners = [ref.instance for ref in group.cached]
+        return work.remote_blocks(np.array([owners.count(one) for one in group.instances]))
 
     def _fetch(self, ask: Ask, question: Question, choice: Choice, cached: int) -> Fetch | None:
         if choice.source is None or not choice.num_fetched:
@@ -317,8 +378,12 @@ class Scheduler:
         refs = self._tree.locate(source, question.packed, ask.salt)[first:num_blocks]
         return Fetch(source, first, refs) if refs else None
 
-    def _prefill_seconds(self, num_new: int, num_before: int) -> float:
-        """The paper's exec(x, y) for an instance of mean speed."""
+    def _prefill_seconds(self, num_new: int, num_before: int, group: GroupPlan | None) -> float:
+        """The paper's exec(x, y) for an instance of mean speed, or for each of a group."""
+        if group is not None:
+            num_ranks = len(group.instances)
+            work = self._chooser.work(num_before, num_before + num_new, num_ranks)
+            return self._chooser.seconds(work, np.ones(num_ranks), np.zeros(num_ranks))
         new = np.array([float(num_new)])
         pairs = np.array([float(num_pairs(num_new, num_before))])
         chunk = self._config.max_num_batched_tokens

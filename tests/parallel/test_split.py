@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memserve.parallel.split import chunks, slices
+from memserve.parallel.split import chunks, owners, slices
 
 
 @given(
@@ -34,6 +34,15 @@ def test_every_new_token_is_one_ranks(
     covered = [position for part in parts for position in range(*part)]
     assert sorted(covered) == list(range(start, start + num_tokens))
     assert all(begin % block_size == 0 for begin, _ in parts)
+    owner = owners(
+        start,
+        start + num_tokens,
+        num_ranks=num_ranks,
+        chunk_tokens=chunk_tokens,
+        block_size=block_size,
+    )
+    assert len(owner) == -(-num_tokens // block_size)
+    assert owner[-1] == 0
 
 
 def test_ranks_attend_to_equally_many_tokens() -> None:
