@@ -53,6 +53,19 @@ class Recoveries:
     """Answers whose KV was not brought back to where their prompts were prefilled."""
 
 
+@dataclass(slots=True)
+class GroupCounts:
+    """What became of prompts that several workers prefilled together, counted since the start."""
+
+    num_started: int = 0
+    num_dissolved: int = 0
+    """Those that were dispatched again, since a worker died or could not go on."""
+    num_gathered: int = 0
+    """Those of which one worker then got copies of all blocks."""
+    num_kept: int = 0
+    """Those whose blocks stayed spread over the workers when the request had ended."""
+
+
 class Generator(Protocol):
     """The cluster as the front end sees it."""
 

@@ -273,6 +273,7 @@ async def serving(config: ServeConfig, prepared: PreparedModel) -> AsyncIterator
                 settings,
                 counters=cluster.scheduler.counters,
                 recoveries=cluster.recoveries,
+                groups=cluster.groups.counts,
             )
             async with answering(app, sock, tls):
                 url = url_of(sock.getsockname()[:2], tls=tls is not None)

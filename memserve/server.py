@@ -25,6 +25,7 @@ from memserve import __version__
 from memserve.frontend.admin import ADMIN_ROUTES
 from memserve.frontend.bodies import Bodies
 from memserve.frontend.collectors import (
+    GroupCollector,
     InstanceCollector,
     MemoCollector,
     RecoveryCollector,
@@ -50,7 +51,7 @@ from memserve.frontend.service import (
     run_encoders,
     run_sized,
 )
-from memserve.generation import Recoveries
+from memserve.generation import GroupCounts, Recoveries
 from memserve.openai.memo import ChatMemo
 from memserve.openai.plan import ServedModel, plan_detokenize, plan_tokenize
 from memserve.openai.requests import (
@@ -80,10 +81,11 @@ def create_app(
     *,
     counters: Counters | None = None,
     recoveries: Recoveries | None = None,
+    groups: GroupCounts | None = None,
 ) -> web.Application:
     """The application that serves `service`; to be run with `handler_cancellation=True`.
 
-    `counters` are the scheduler's and `recoveries` the cluster's, for /metrics.
+    `counters` are the scheduler's, `recoveries` and `groups` the cluster's, for /metrics.
     """
     middlewares: list[Middleware] = [
         note_connection,
@@ -100,6 +102,8 @@ def create_app(
         collectors.append(SchedulerCollector(settings.model_name, counters))
     if recoveries is not None:
         collectors.append(RecoveryCollector(settings.model_name, recoveries))
+    if counters is not None and groups is not None:
+        collectors.append(GroupCollector(settings.model_name, groups, counters))
     app[FRONTEND] = Frontend(
         service=service,
         tokenizer=tokenizer,

@@ -20,6 +20,7 @@ from typing import final
 import msgspec
 
 from memserve.cluster.instance import Instance
+from memserve.generation import GroupCounts
 from memserve.messages import Abort, Submit
 from memserve.parallel.messages import Group, KeepBlocks, StartGroup
 from memserve.parallel.split import owners
@@ -28,19 +29,6 @@ from memserve.scheduler.interface import GroupPlan
 from memserve.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class GroupCounts:
-    """What became of groups, since the start."""
-
-    num_started: int = 0
-    num_dissolved: int = 0
-    """Whose prompt was sent again, since a rank died or could not go on."""
-    num_gathered: int = 0
-    """Whose leader has copied all blocks."""
-    num_kept: int = 0
-    """Whose blocks stayed where they were when the request had ended."""
 
 
 @dataclass(slots=True, eq=False)

@@ -79,6 +79,8 @@ def _shown(instance: InstanceView) -> dict[str, Any]:
         "num_running": stats.num_running,
         "num_waiting": stats.num_waiting,
         "num_incoming": stats.num_incoming,
+        "num_group_steps": stats.num_group_steps,
+        "num_remote_blocks": stats.num_remote_blocks,
         "kv_cache_usage": kv_cache_usage(stats),
         "hbm": stats.hbm,
         "dram": stats.dram,

@@ -9,7 +9,7 @@ from typing import Protocol
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from memserve.generation import Recoveries
+from memserve.generation import GroupCounts, Recoveries
 from memserve.messages import DiskStats, EngineStats
 from memserve.openai.memo import ChatMemo
 from memserve.scheduler.counters import Counters
@@ -203,6 +203,40 @@ class RecoveryCollector(Collector):
             yield counter
 
 
+class GroupCollector(Collector):
+    """Prompts that several instances prefilled together (sequence parallelism)."""
+
+    def __init__(self, model_name: str, counts: GroupCounts, counters: Counters) -> None:
+        self._labels = (model_name, FRONTEND)
+        self._counts = counts
+        self._counters = counters
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: registering must not read."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        """Every counter; the groups that were formed by their size."""
+        counts, names = self._counts, ("model_name", "engine")
+        formed = CounterMetricFamily(
+            PREFIX + "groups", "Prompts sent to several instances.", labels=(*names, "ranks")
+        )
+        for size, number in sorted(self._counters.num_groups.items()):
+            formed.add_metric((*self._labels, str(size)), number)
+        yield formed
+        planned = self._counters.num_shared_blocks
+        for name, text, count in (
+            ("groups_started", "Groups whose ranks all had room.", counts.num_started),
+            ("groups_dissolved", "Groups that could not go on.", counts.num_dissolved),
+            ("groups_gathered", "Groups whose leader got all blocks.", counts.num_gathered),
+            ("groups_kept", "Groups whose blocks stayed spread.", counts.num_kept),
+            ("groups_planned_remote_blocks", "What remote_blocks should be.", planned),
+        ):
+            counter = CounterMetricFamily(PREFIX + name, text, labels=names)
+            counter.add_metric(self._labels, count)
+            yield counter
+
+
 def kv_cache_usage(stats: EngineStats) -> float:
     """Share of the arena, 0 to 1, that running requests and transfers hold.
 
@@ -251,6 +285,10 @@ COUNTERS: tuple[Series, ...] = (
     ("swapped_out_blocks", "Blocks moved from HBM to DRAM.", lambda s: s.num_swapped_out_blocks),
     ("swapped_in_blocks", "Blocks moved from DRAM to HBM.", lambda s: s.num_swapped_in_blocks),
     ("swapped_bytes", "Bytes moved between the tiers.", lambda s: s.num_swapped_bytes),
+    ("group_steps", "Steps computed together with others.", lambda s: s.num_group_steps),
+    ("remote_blocks", "Others' blocks attended to in place.", lambda s: s.num_remote_blocks),
+    ("remote_bytes", "Bytes of these blocks.", lambda s: s.num_remote_bytes),
+    ("gathered_blocks", "A group's blocks copied here.", lambda s: s.num_gathered_blocks),
     ("disk_read_blocks", "Cached blocks had from files.", lambda s: disk(s).num_read_blocks),
     ("disk_read_bytes", "Bytes had from files.", lambda s: disk(s).num_read_bytes),
     ("disk_written_blocks", "Blocks written to files.", lambda s: disk(s).num_written_blocks),

@@ -1,0 +1,252 @@
+"""Which group a prompt is given, beside every group that there could be."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from memserve.messages import StepSample
+from memserve.parallel.split import chunks, slices
+from memserve.pool.refs import BlockRef
+from memserve.scheduler.cost import StepModel, num_pairs
+from memserve.scheduler.group_cost import GroupModel
+from memserve.scheduler.groups import GroupChooser, Outlook
+from memserve.scheduler.interface import Ask, Role, SchedulerConfig
+from memserve.scheduler.loads import Loads
+from memserve.scheduler.policies import Choice, Question
+from memserve.scheduler.scheduler import Scheduler
+
+BLOCK_SIZE = 16
+CHUNK = 128
+
+
+def config(**changes: object) -> SchedulerConfig:
+    values: dict[str, object] = {
+        "block_size": BLOCK_SIZE,
+        "max_num_batched_tokens": CHUNK,
+        "max_num_seqs": 8,
+        "max_sp": 0,
+        "sp_min_tokens": 64,
+    }
+    return SchedulerConfig(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def fitted() -> StepModel:
+    """A step takes 10 ms, each of its rows .3 ms, each pair 1 us."""
+    steps = StepModel()
+    for rows, before in itertools.product((16, 32, 64, 128, 256, 512), (0, 512, 4096)):
+        pairs = num_pairs(rows, before)
+        sample = StepSample(rows, pairs, 0, 0, 0.01 + 3e-4 * rows + 1e-6 * pairs)
+        steps.learn(0, [sample], 1)
+    return steps
+
+
+class Cluster:
+    """Some instances, what runs on them, and the cost of any group."""
+
+    def __init__(self, seed: int, num_instances: int, length: int) -> None:
+        random = np.random.default_rng(seed)
+        self.config = config()
+        self.steps, self.model = fitted(), GroupModel()
+        self.chooser = GroupChooser(self.config, self.steps, self.model)
+        self.loads = Loads()
+        for number in range(num_instances):
+            self.loads.join(number, Role.MIXED, capacity=100_000, block_bytes=1)
+        batch = random.integers(0, 6, num_instances) * (random.random(num_instances) < 0.6)
+        step = np.where(batch > 0, 0.01 + 1e-3 * batch, 0.0)
+        held = random.integers(0, max(1, length // BLOCK_SIZE // 2), num_instances) * BLOCK_SIZE
+        held = held * (random.random(num_instances) < 0.4)
+        self.outlook = Outlook(
+            speed=1.0 + 0.3 * random.random(num_instances),
+            step=step,
+            beside=np.where(batch > 0, 1e-3 * batch, 0.0),
+            wait=random.random(num_instances) * (random.random(num_instances) < 0.4),
+            there=batch.astype(float),
+            rest=np.full(num_instances, 100.0),
+            prefills=np.ones(num_instances, np.bool_),
+            here=random.random(num_instances),
+            elsewhere=np.full(num_instances, np.inf),
+            decode=random.random(num_instances),
+            waking=np.zeros(num_instances),
+            idle=(batch == 0).astype(float),
+            work_price=0.1,
+            arrivals=0.05,
+        )
+        self.question = Question(
+            ask=Ask(prompt=[0] * length, max_tokens=10),
+            packed=b"",
+            cached=held.astype(float),
+            held=held.astype(float),
+            slow=np.zeros(num_instances),
+            kept=np.zeros(num_instances),
+            now=0.0,
+        )
+
+    def cost(self, ranks: tuple[int, ...]) -> float:
+        """Of the group of these slots, summed over its slices one by one."""
+        outlook, slots = self.outlook, list(ranks)
+        length = len(self.question.ask.prompt)
+        cached = int(self.question.held[slots].max())
+        total, num_chunks = 0.0, 0
+        for chunk in chunks(
+            cached, length, num_ranks=len(slots), chunk_tokens=CHUNK, block_size=BLOCK_SIZE
+        ):
+            longest = 0.0
+            shares = slices(chunk, num_ranks=len(slots), block_size=BLOCK_SIZE)
+            for slot, parts in zip(slots, shares, strict=True):
+                rows = sum(end - begin for begin, end in parts)
+                pairs = sum(num_pairs(end - begin, begin) for begin, end in parts)
+                seconds = self.steps.costs.seconds(StepSample(rows, pairs, 0, 0, 0.0))
+                longest = max(longest, seconds * outlook.speed[slot] + outlook.beside[slot])
+            step = self.model.seconds(
+                np.array(longest), np.array(float(len(slots))), self.steps.costs.step
+            )
+            total, num_chunks = total + float(step), num_chunks + 1
+        ttft = float(outlook.wait[slots].max()) + total
+        harm = sum(
+            outlook.there[slot]
+            * max(0.0, total - num_chunks * outlook.step[slot])
+            * min(1.0, outlook.rest[slot] / num_chunks)
+            for slot in slots
+        )
+        busy = len(slots) * (total - num_chunks * float(outlook.beside[slots].max()))
+        price = outlook.work_price + outlook.arrivals * ttft
+        return ttft + harm + busy * price + float(outlook.here[slots].min())
+
+    def best(self) -> Choice | None:
+        return self.chooser.best(self.question, self.loads, self.outlook, below=np.inf)
+
+
+@pytest.mark.parametrize("length", [256, 1000, 4000])
+def test_the_chosen_group_costs_hardly_more_than_the_best_of_all_groups(length: int) -> None:
+    ratios = []
+    for seed in range(40):
+        cluster = Cluster(seed, 5, length)
+        choice = cluster.best()
+        assert choice is not None
+        assert choice.group is not None
+        groups = (
+            ranks for size in (2, 3, 4, 5) for ranks in itertools.combinations(range(5), size)
+        )
+        ratios.append(cluster.cost(tuple(choice.group.ranks)) / min(map(cluster.cost, groups)))
+    assert np.mean(ratios) < 1.03
+    assert max(ratios) < 1.2
+
+
+def test_the_predicted_time_is_that_of_the_very_slices() -> None:
+    cluster = Cluster(3, 4, 3000)
+    choice = cluster.best()
+    assert choice is not None
+    assert choice.group is not None
+    assert choice.prediction is not None
+    cluster.outlook.here[:] = cluster.outlook.there[:] = 0.0
+    cluster.outlook.work_price = cluster.outlook.arrivals = 0.0
+    assert choice.prediction.ttft == pytest.approx(cluster.cost(tuple(choice.group.ranks)))
+
+
+# Through the scheduler
+
+
+def scheduler(num_instances: int = 4, *, num_blocks: int = 10_000, **changes: object) -> Scheduler:
+    made = Scheduler(config(**changes))
+    for number in range(num_instances):
+        made.join(number, Role.MIXED, num_blocks=[num_blocks], block_bytes=64, epoch=1)
+    made.steps = fitted()
+    made._chooser._steps = made._delays._steps = made.steps
+    return made
+
+
+def tokens(length: int, seed: int = 0) -> list[int]:
+    return [int(t) for t in np.random.default_rng(seed).integers(0, 1000, length)]
+
+
+def test_the_size_that_is_chosen_when_all_is_idle_is_about_the_fastest() -> None:
+    for length in (256, 512, 1000, 2000, 4000, 8000):
+        made = scheduler(4)
+        placement = made.place(Ask(prompt=tokens(length), max_tokens=1), 0.0)
+        seconds = {1: made._prefill_seconds(length, 0, None)}
+        for size in (2, 3, 4):
+            work = made._chooser.work(0, length, size)
+            seconds[size] = made._chooser.seconds(work, np.ones(size), np.zeros(size))
+        chosen = len(placement.group.instances) if placement.group else 1
+        # Computing on more instances has its price: a tenth of a second for a second.
+        costs = {size: each * (1 + 0.1 * size) for size, each in seconds.items()}
+        assert costs[chosen] <= 1.1 * min(costs.values())
+        assert chosen > 1
+
+
+def test_nobody_shares_what_is_short_or_mostly_cached_or_was_to_be_alone() -> None:
+    made = scheduler(4, sp_min_tokens=600)
+    assert made.place(Ask(prompt=tokens(599), max_tokens=1), 0.0).group is None
+    assert made.place(Ask(prompt=tokens(600), max_tokens=1), 0.0).group is not None
+    assert made.place(Ask(prompt=tokens(600), max_tokens=1, may_share=False), 0.0).group is None
+    assert made.place(Ask(prompt=tokens(600), max_tokens=1, num_choices=2), 0.0).group is None
+    assert scheduler(4, max_sp=1).place(Ask(prompt=tokens(600), max_tokens=1), 0.0).group is None
+    capped = scheduler(4, max_sp=2).place(Ask(prompt=tokens(4000), max_tokens=1), 0.0).group
+    assert capped is not None
+    assert len(capped.instances) == 2
+
+
+def test_a_group_counts_as_load_on_all_its_ranks_until_its_first_token() -> None:
+    made = scheduler(3)
+    ask = Ask(prompt=tokens(3000), max_tokens=5)
+    placement = made.place(ask, 0.0)
+    assert placement.group is not None
+    made.dispatched(1, 0, ask, placement, 0.0)
+    assert made._loads.rows["queued_tokens"].sum() == pytest.approx(3000)
+    assert made._loads.num_busy == len(placement.group.instances)
+    assert made.audit() == []
+    made.leave(placement.group.instances[-1])
+    assert made.audit() == []
+    made.first_token(1, 1.0)
+    assert made._loads.rows["num_queued"].sum() == 0
+    made.ended(1, 2.0)
+    assert made.audit() == []
+    assert made.counters.num_groups == {len(placement.group.instances): 1}
+    assert made.counters.num_shared_blocks > 0
+
+
+def test_what_fits_no_instance_is_a_groups_or_has_no_place() -> None:
+    made = scheduler(3, num_blocks=100)  # of 16 tokens
+    placement = made.place(Ask(prompt=tokens(2000), max_tokens=100), 0.0)
+    assert placement.group is not None
+    assert placement.decode == placement.prefill == placement.group.instances[0]
+    work = made._chooser.work(0, 2000, len(placement.group.instances))
+    assert work.num_blocks.sum(axis=0)[0] * 16 + 100 <= 1600
+    with pytest.raises(LookupError, match="room"):
+        made.place(Ask(prompt=tokens(5000), max_tokens=100), 0.0)
+    made.set_leaving(2)
+    with pytest.raises(LookupError, match="room"):
+        made.place(Ask(prompt=tokens(3300), max_tokens=10), 0.0)
+
+
+def test_a_spread_prefix_is_used_by_a_group_of_its_owners_and_others() -> None:
+    made = scheduler(4)
+    prompt = tokens(4000)
+    refs = [BlockRef(1 + block % 2, 1, 0, block, 1) for block in range(200)]
+    assert made.spread(7, prompt[:3200], "", refs) == []
+    placement = made.place(Ask(prompt=prompt, max_tokens=1), 0.0)
+    assert placement.group is not None
+    assert {1, 2} <= set(placement.group.instances)
+    assert placement.group.cached == refs
+    assert placement.num_cached_tokens == 3200
+    other = made.place(Ask(prompt=prompt, max_tokens=1, salt="other"), 0.0)
+    assert other.num_cached_tokens == 0
+    assert made.spread(8, prompt, "", refs) == [7], "the longer one has all of the shorter"
+    made.let_go(8)
+    assert made.place(Ask(prompt=prompt, max_tokens=1), 0.0).num_cached_tokens == 0
+
+
+def test_the_cost_of_synchronisation_is_learned_from_groups_steps() -> None:
+    model = GroupModel()
+    for _ in range(200):
+        for num_ranks, work in itertools.product((2, 4), (0.02, 0.05, 0.2)):
+            seconds = work + np.log2(num_ranks) * (0.3 * 0.01 + 0.1 * work)
+            model.learn(num_ranks, work, 0.01, float(seconds))
+    assert model.latency == pytest.approx(0.3, rel=0.1)
+    assert model.share == pytest.approx(0.1, rel=0.1)
+    made = scheduler(2)
+    before = made.steps.num_samples
+    made.learn(0, [StepSample(128, 8256, 0, 0, 0.2, 2)], [])
+    assert made.steps.num_samples == before, "what one instance takes alone it doesn't tell"
+    assert made.groups.num_samples == 1
