@@ -1,10 +1,10 @@
 """Whether several instances should prefill a prompt together, how many, and which.
 
-Candidates are, for each size, the least loaded instances, and those with the one that holds the longest
-prefix (or with all that hold it together) in front. A group starts when its last rank is free, takes
-at each chunk as long as its slowest rank and what the synchronisation costs, and delays whoever runs
-on any of its ranks. All sizes are judged at once, from the mean share of a rank; what is chosen is
-judged again from the very slices.
+Candidates are, for each size, the least loaded instances; the same with one of them in front: where
+the answer is best generated, or that which holds the longest prefix, or all that hold that together.
+A group starts when its last rank is free, takes at each chunk as long as its slowest rank and what the
+synchronisation costs, and delays whoever runs on any of its ranks. All sizes are judged at once, from
+the mean share of a rank; what is chosen is judged again from the very slices.
 
 Contract: costs are in the same seconds as those of `cost_policy`, which passes in what it knows of
 every slot; so one instance and a group compare. Knows no tickets and sends nothing.
@@ -153,6 +153,12 @@ class GroupChooser:
         # Of those with equally much, the first.
         who = order[np.argmax(held[order][None, :] >= reach[:, None], axis=1)]
         yield self._judged(question, loads, outlook, order, reach, who, required=required)
+        leader = int(order[np.argmin((burden + outlook.here)[order])])
+        if np.isfinite(outlook.here[leader]) and leader != order[0]:
+            led = np.concatenate([[leader], order[order != leader]])
+            reach = np.maximum.accumulate(held[led])
+            who = led[np.argmax(held[led][None, :] >= reach[:, None], axis=1)]
+            yield self._judged(question, loads, outlook, led, reach, who, required=required)
         best = int(slots[np.argmax(held[slots])])
         if held[best] > reach[1]:
             order = np.concatenate([[best], order[order != best]])

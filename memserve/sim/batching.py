@@ -81,7 +81,7 @@ class Batcher:
         self.claims.pop(sequence.ticket, None)
         self._cache.unpin(sequence.pinned)
         self._cache.release(sequence.num_private)
-        sequence.pinned, sequence.num_private = [], 0
+        sequence.pinned, sequence.num_private, sequence.num_remote = [], 0, 0
         sequence.num_computed = sequence.num_published = 0
 
     def share(self, sequence: Sequence) -> None:
@@ -92,11 +92,13 @@ class Batcher:
             sequence.pinned += new
             sequence.num_private -= len(new)
 
-    def schedule(self) -> list[Slice]:
-        """The slices of the next step, those that decode first."""
+    def schedule(self, *, prefill: bool = True) -> list[Slice]:
+        """The slices of the next step, those that decode first; without `prefill`, no others."""
         decoding = [sequence for sequence in self.running if sequence.num_pending == 1]
         grown = [sequence for sequence in decoding if self._grow(sequence)]
         slices = [(sequence, 1) for sequence in grown if sequence.num_blocks]
+        if not prefill:
+            return slices
         budget = self._max_num_batched_tokens - len(slices)
         for sequence in self.running:
             if budget > 0 and sequence.num_pending > 1:

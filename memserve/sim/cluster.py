@@ -8,15 +8,18 @@ from array import array
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 from memserve.errors import UsageError
 from memserve.messages import CopySample, IndexEvents, StepSample
+from memserve.parallel.work import group_work
 from memserve.pool.events import IndexEvent
-from memserve.scheduler.interface import Ask, Placement, Role, SchedulerConfig
+from memserve.scheduler.interface import Ask, GroupPlan, Placement, Role, SchedulerConfig
 from memserve.scheduler.scheduler import Scheduler
 from memserve.sim.clock import Clock
 from memserve.sim.costs import Profile
 from memserve.sim.dialogues import Dialogue, Request
+from memserve.sim.groups import SimulatedGroup
 from memserve.sim.instance import SimulatedInstance
 from memserve.sim.outcome import Outcome, Outcomes
 from memserve.sim.sequence import Sequence
@@ -56,6 +59,8 @@ class _Stream:
     owner: SimulatedInstance
     outcome: Outcome
     num_tokens: int = 0
+    may_share: bool = True
+    group: SimulatedGroup | None = None
 
 
 class SimulatedCluster:
@@ -147,16 +152,24 @@ class SimulatedCluster:
             self.outcomes.num_refused += 1
             self._next_turn(dialogue)
             return
+        outcome = Outcome(now, len(request.prompt), len(request.output))
+        self._dispatch(dialogue, request, outcome, may_share=True)
+
+    def _dispatch(
+        self, dialogue: Dialogue, request: Request, outcome: Outcome, *, may_share: bool
+    ) -> None:
+        """Send the work of a request that nobody works on, by a group only if it `may_share`."""
         ask = Ask(
             prompt=request.prompt,
             max_tokens=self._setting.max_tokens or len(request.output),
             session=dialogue.name,
             tenant=dialogue.tenant,
+            may_share=may_share,
         )
-        placement = self.scheduler.place(ask, now)
+        placement = self.scheduler.place(ask, self.clock.now)
         self._num_tickets += 1
         ticket = self._num_tickets
-        self.scheduler.dispatched(ticket, 0, ask, placement, now)
+        self.scheduler.dispatched(ticket, 0, ask, placement, self.clock.now)
         packed = array("i", request.prompt)
         packed.extend(request.output)
         prefill = self.instances[placement.prefill]
@@ -170,7 +183,7 @@ class SimulatedCluster:
             decode,
             placement,
             prefill,
-            Outcome(now, len(request.prompt), len(request.output)),
+            outcome,
         )
         if decode is not prefill:
             expected = self._sequence(stream, reuse=placement.reuse_decode)
@@ -178,7 +191,49 @@ class SimulatedCluster:
         work = self._sequence(stream, reuse=placement.reuse_prefill)
         if decode is not prefill:
             work.decode_on = decode.number
-        prefill.deliver(lambda: self._submit(prefill, work, placement))
+        if placement.group is None:
+            prefill.deliver(lambda: self._submit(prefill, work, placement))
+        else:
+            self._form(stream, work, placement.group)
+
+    def _form(self, stream: _Stream, work: Sequence, plan: GroupPlan) -> None:
+        """Let several instances prefill a prompt together."""
+        size, owners = self._setting.scheduler.block_size, [ref.instance for ref in plan.cached]
+        stream.group = group = SimulatedGroup(
+            ticket=stream.ticket,
+            sequence=work,
+            work=group_work(
+                len(owners) * size,
+                work.num_prompt_tokens,
+                num_ranks=len(plan.instances),
+                chunk_tokens=plan.chunk_tokens,
+                block_size=size,
+            ),
+            num_cached=len(owners) * size,
+            num_cached_by_rank=[owners.count(number) for number in plan.instances],
+            dissolved=self._dissolved,
+            instances=[self.instances[number] for number in plan.instances],
+        )
+        self.outcomes.num_groups += 1
+        for rank, instance in enumerate(group.instances):
+            instance.deliver(partial(group.join, rank))
+
+    def _dissolved(self, ticket: int) -> None:
+        """A rank had no room: one instance is to prefill the prompt."""
+        stream = self._streams.pop(ticket, None)
+        if stream is None:
+            return
+        self.outcomes.num_dissolved += 1
+        self.scheduler.ended(ticket, self.clock.now)
+        decode = stream.decode
+        if decode is not stream.prefill:
+            decode.deliver(lambda: decode.arrivals.abort(ticket))
+        self.clock.at(
+            self.clock.now,
+            lambda: self._dispatch(
+                stream.dialogue, stream.request, stream.outcome, may_share=False
+            ),
+        )
 
     def _fits(self, request: Request) -> bool:
         """Whether every instance could hold prompt and answer."""
@@ -236,6 +291,8 @@ class SimulatedCluster:
         stream.outcome.decoded_on = stream.owner.number
         self.outcomes.add(stream.outcome)
         self.scheduler.ended(stream.ticket, time)
+        if stream.group is not None:
+            self.clock.at(self.clock.now, stream.group.end)
         decode, owner, prefill = stream.decode, stream.owner, stream.prefill
         if decode is not prefill and owner is prefill:  # it has ended before its handover
             decode.deliver(lambda: decode.arrivals.abort(stream.ticket))
@@ -263,6 +320,8 @@ class SimulatedCluster:
             self.scheduler.decodes_at(ticket, stream.decode.number, self.clock.now)
             prefill = stream.prefill
             prefill.deliver(lambda: prefill.departures.settle(ticket, accepted=True))
+            if stream.group is not None:
+                stream.group.end()
 
     def declined(self, ticket: int) -> None:
         """See `Outlet`."""

@@ -76,6 +76,8 @@ FLAGS: tuple[Callable[[Callable[..., None]], Callable[..., None]], ...] = (
     click.option(
         "--fetch-policy", type=click.Choice(get_args(FetchPolicy)), default="cost", help="As serve."
     ),
+    click.option("--max-sp", type=click.IntRange(min=0), default=1, help="As serve."),
+    click.option("--sp-min-tokens", type=click.IntRange(min=1), default=512, help="As serve."),
     click.option("--block-size", type=click.IntRange(min=1), default=16, help="Tokens in a block."),
     click.option(
         "--profile",

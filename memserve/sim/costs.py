@@ -67,6 +67,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     max_num_seqs: int = 64
     contention: float = 0.0
     """Added share of a step's time for each other instance that is busy on the same device."""
+    sync_seconds: float = 1e-3
+    """What the ranks of a group wait for each other in a step of all layers, for each doubling."""
     noise: float = 0.0
     """Standard deviation of the logarithm of a step's time."""
 

@@ -40,6 +40,9 @@ class SimulateOptions:
     elastic_roles: bool = True
     context_caching: ContextCaching = "3"
     fetch_policy: FetchPolicy = "cost"
+    max_sp: int = 1
+    """As `--max-sp`: whether several instances may prefill a prompt together."""
+    sp_min_tokens: int = 512
     block_size: int = 16
     profile: str = "cpu-demo"
     cost_model: Path | None = None
@@ -182,6 +185,8 @@ def play(
             context_caching=options.context_caching,
             fetch_policy=options.fetch_policy,
             elastic_roles=elastic and options.elastic_roles and policy == "cost",
+            max_sp=options.max_sp,
+            sp_min_tokens=options.sp_min_tokens,
         ),
         seed=options.seed,
         num_devices=options.num_devices,

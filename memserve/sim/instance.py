@@ -10,9 +10,9 @@ ticket's tokens in order.
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
 import numpy as np
 
 from memserve.messages import CopySample, StepSample
@@ -23,8 +23,10 @@ from memserve.sim.cache import BlockCache
 from memserve.sim.clock import Clock
 from memserve.sim.copying import CopyThread
 from memserve.sim.costs import Floats, Profile
+from memserve.sim.groups import SimulatedGroup
 from memserve.sim.handover import Arrivals, Departures
 from memserve.sim.sequence import Sequence
+from memserve.sim.steps import Run, Work
 
 HEARTBEAT_S = 1.0
 MAX_RUN = 512  # decode steps in one event
@@ -60,31 +62,6 @@ class Outlet(Protocol):
     def num_busy_beside(self, instance: int) -> int:
         """Other instances on the same device that compute now."""
         ...
-
-
-@dataclass(slots=True)
-class Work:
-    """What an instance has computed since the start."""
-
-    busy: float = 0.0
-    """Seconds in steps."""
-    num_steps: int = 0
-    num_prefill_tokens: int = 0
-    num_decode_tokens: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class _Run:
-    """Steps under way: one with prompt chunks, or several in which the same sequences decode."""
-
-    slices: list[Slice]
-    start: float
-    ends: list[float]
-    sample: StepSample
-    """Of its first step."""
-    prefills: bool
-    num_told: int = 0
-    """Steps whose tokens are told."""
 
 
 class SimulatedInstance:
@@ -132,13 +109,17 @@ class SimulatedInstance:
             published=lambda ticket, end, done: outlet.published(ticket, end, complete=done),
             withdrawn=outlet.withdrawn,
         )
+        self.groups: list[SimulatedGroup] = []
+        """Those that it is a rank of and that have started, in that order."""
+        self.held: list[Sequence] = []
+        """Stand for the blocks that it holds as a rank."""
         self._profile = profile
         self._timeout = handover_timeout
         self._clock = clock
         self._outlet = outlet
         self._random = np.random.default_rng([seed, number])
         self._inbox: list[Callable[[], None]] = []
-        self._run: _Run | None = None
+        self._run: Run | None = None
         self._handling = False
         self._num_swapped = 0
         self._samples: list[StepSample] = []
@@ -201,6 +182,11 @@ class SimulatedInstance:
                 message()
         self.arrivals.expire(self._clock.now)
         self.arrivals.reserve()
+        self._handling = False
+        if self.groups and self.groups[0].meet(self):
+            self._tell_index()
+            return
+        self._handling = True
         slices = self.batcher.schedule()
         self._handling = False
         self._charge_swaps()
@@ -209,7 +195,7 @@ class SimulatedInstance:
             self._run = self._started(slices)
             self._end_at(self._run)
 
-    def _started(self, slices: list[Slice]) -> _Run:
+    def _started(self, slices: list[Slice]) -> Run:
         """The next step; if it only decodes, as many like it as nothing else is to be done."""
         prefills = [(s, n) for s, n in slices if s.num_pending > 1 or not s.num_outputs]
         num_decodes = len(slices) - len(prefills)
@@ -234,7 +220,68 @@ class SimulatedInstance:
             ends[0] - now,
             num_prefill_context=context,
         )
-        return _Run(slices, now, ends, sample, prefills=bool(prefills))
+        return Run(slices, now, ends, sample, prefills=bool(prefills))
+
+    # Groups
+
+    def at(self, time: float, act: Callable[[], None]) -> None:
+        """Do something later, whatever is under way then."""
+        self._clock.at(time, act)
+
+    def sync_seconds(self, num_ranks: int) -> float:
+        """What a step of a group takes longer than its longest share."""
+        return self._profile.sync_seconds * float(np.log2(num_ranks))
+
+    def share(self, num_tokens: int, num_pairs: int) -> Run:
+        """A step with this share of a group's chunk, and with all that decodes here."""
+        slices = self.batcher.schedule(prefill=False)
+        pairs = sum(sequence.num_computed + 1 for sequence, _ in slices)
+        seconds = self._profile.step_seconds(num_tokens, num_pairs, len(slices), pairs)
+        now = self._clock.now
+        end = now + seconds * float(self._factor(1)[0])
+        sample = StepSample(num_tokens, num_pairs, len(slices), pairs, end - now)
+        return Run(slices, now, [end], sample, prefills=True)
+
+    def begin_share(self, run: Run, seconds: float, num_ranks: int) -> None:
+        """Begin such a step; the group knows when it ends."""
+        run.ends = [run.start + seconds]
+        run.sample = msgspec.structs.replace(run.sample, seconds=seconds, num_ranks=num_ranks)
+        self._run = run
+        self.work.num_prefill_tokens += run.sample.num_prefill_tokens
+
+    def end_share(self) -> None:
+        """Record it; what comes of its tokens waits in the inbox until `go_on`."""
+        run = self._run
+        assert run is not None
+        self._record(run)
+        self._handling = True
+        self._run = None
+        self._absorb(run)
+
+    def go_on(self) -> None:
+        """Go on after such a step."""
+        self._beat()
+        self._go_on()
+
+    def first_token(self, sequence: Sequence) -> None:
+        """A group's prompt is computed, and this instance leads: sample, and go on with it."""
+        sequence.num_outputs += 1
+        self.batcher.run(sequence)
+        last = sequence.num_outputs >= sequence.max_outputs
+        if last:
+            self.batcher.finish(sequence)
+        else:
+            self.batcher.share(sequence)
+        self._tell_index()
+        self._outlet.token(self.number, sequence, self._clock.now, last=last)
+        if not last and sequence.decode_on is not None:
+            self.departures.publish(sequence)
+
+    def _record(self, run: Run) -> None:
+        self.work.num_steps += len(run.ends)
+        self.work.busy += run.ends[-1] - run.start
+        if len(self._samples) < MAX_SAMPLES:
+            self._samples.append(run.sample)
 
     def _num_alike(self, slices: list[Slice]) -> int:
         """How many steps may follow each other in which exactly these sequences decode."""
@@ -254,25 +301,22 @@ class SimulatedInstance:
             factor = factor * (1 + self._profile.contention * beside)
         return factor
 
-    def _end_at(self, run: _Run) -> None:
+    def _end_at(self, run: Run) -> None:
         time = run.ends[-1]
         self._clock.at(time, lambda: self._end(run, time))
 
-    def _cut(self, run: _Run) -> None:
+    def _cut(self, run: Run) -> None:
         """Let a run end with the step under way."""
         last = bisect_left(run.ends, self._clock.now, hi=len(run.ends) - 1)
         if last < len(run.ends) - 1:
             del run.ends[last + 1 :]
             self._end_at(run)
 
-    def _end(self, run: _Run, time: float) -> None:
+    def _end(self, run: Run, time: float) -> None:
         """A run's last step has ended: record it, and go on."""
         if self._run is not run or run.ends[-1] != time:
             return  # it was cut and has ended before
-        self.work.num_steps += len(run.ends)
-        self.work.busy += time - run.start
-        if len(self._samples) < MAX_SAMPLES:
-            self._samples.append(run.sample)
+        self._record(run)
         self._handling = True  # what comes of the tokens waits in the inbox
         self._run = None
         if run.prefills:
@@ -282,7 +326,7 @@ class SimulatedInstance:
         self._beat()
         self._go_on()
 
-    def _tell_decoded(self, run: _Run, num_steps: int) -> None:
+    def _tell_decoded(self, run: Run, num_steps: int) -> None:
         """Record and tell the tokens of a run's first `num_steps` steps."""
         times = run.ends[run.num_told : num_steps]
         if not times:
@@ -302,7 +346,7 @@ class SimulatedInstance:
                 last = time is times[-1] and sequence.ticket in finished
                 self._outlet.token(self.number, sequence, time, last=last)
 
-    def _absorb(self, run: _Run) -> None:
+    def _absorb(self, run: Run) -> None:
         """Record and tell a step with prompt chunks."""
         sampled, prefilled = [], []
         for sequence, num_tokens in run.slices:
@@ -359,5 +403,6 @@ class SimulatedInstance:
         batcher = self.batcher
         held = [*batcher.running, *batcher.loading, *self.departures.sequences]
         held += self.arrivals.sequences
+        held += self.held
         pins = [block for sequence in held for block in sequence.pinned]
         return self.cache.audit(sum(sequence.num_private for sequence in held), pins)

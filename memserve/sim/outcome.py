@@ -69,6 +69,10 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     num_returned_blocks: int
     num_evicted_blocks: int
     num_role_changes: int
+    num_groups: int = 0
+    """Prompts that several instances were to prefill together."""
+    num_dissolved: int = 0
+    """Of those, the ones for which a rank had no room."""
 
 
 @dataclass(slots=True)
@@ -78,6 +82,8 @@ class Outcomes:
     requests: list[Outcome] = field(default_factory=list)
     num_refused: int = 0
     num_role_changes: int = 0
+    num_groups: int = 0
+    num_dissolved: int = 0
     duration: float = 0.0
     instances: Sequence[SimulatedInstance] = ()
 
@@ -122,4 +128,6 @@ class Outcomes:
             num_returned_blocks=sum(one.num_returned_blocks for one in arrivals),
             num_evicted_blocks=sum(one.cache.num_evicted for one in instances),
             num_role_changes=self.num_role_changes,
+            num_groups=self.num_groups,
+            num_dissolved=self.num_dissolved,
         )

@@ -31,6 +31,8 @@ class Sequence:
     num_private: int = 0
     fetching: bool = False
     """Blocks are still to be fetched for it before it is admitted."""
+    num_remote: int = 0
+    """Blocks that other ranks of a group hold for it."""
 
     @property
     def num_tokens(self) -> int:
@@ -44,8 +46,8 @@ class Sequence:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks held."""
-        return len(self.pinned) + self.num_private
+        """Blocks held, here or by others for it."""
+        return len(self.pinned) + self.num_private + self.num_remote
 
     @property
     def claim(self) -> tuple[float, int]:

@@ -102,6 +102,10 @@ class FakeWorker:
         ]
 
     @property
+    def pid(self) -> int:
+        return os.getpid()
+
+    @property
     def returncode(self) -> int | None:
         return 0 if self._task.done() else None
 
