@@ -15,8 +15,8 @@ from contextlib import asynccontextmanager
 from typing import Any, assert_never
 
 from memserve.cluster.admission import Admission
-from memserve.cluster.capacity import Capacity
 from memserve.cluster.elastic import adapt_roles, drain, join, set_role
+from memserve.cluster.fit import Fit
 from memserve.cluster.groups import Groups
 from memserve.cluster.inspecting import Inspections, InstanceReport
 from memserve.cluster.instance import Instance, InstancePlan, Spawn, spawn_process
@@ -98,7 +98,6 @@ class Cluster:
         self.groups = Groups(
             scheduler, self._members.by_number, block_size=plans[0].engine.block_size
         )
-        self._max_sp = max_sp
         self._streams = Streams(
             scheduler,
             self._members.by_number,
@@ -113,17 +112,16 @@ class Cluster:
         self.reviver = Reviver(
             self._members, self._serve, self._streams.note_change, self.recoveries
         )
+        self._fit = Fit(self._members, scheduler, self.reviver, plans[0].engine, max_sp)
         self.recovery = Recovery(
             self._streams,
             scheduler,
             self._members.by_number,
-            hopeless=self._hopeless,
-            fits_one=self._fits_one,
+            hopeless=self._fit.hopeless,
+            fits_one=self._fit.fits_one,
             forgive=self.reviver.forgive,
             counts=self.recoveries,
         )
-        self._num_blocks = 0
-        """Of the smallest HBM arena."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
@@ -170,21 +168,11 @@ class Cluster:
     @property
     def max_sequence_tokens(self) -> int:
         """Longest prompt plus answer that fits a worker, or a group of as many as may be."""
-        return self._capacity(len(self.instances) + len(self.down())).longest
+        return self._fit.capacity().longest
 
     def answer_room(self, num_prompt_tokens: int) -> int:
         """Most tokens that the answer to such a prompt may have, if the client doesn't say."""
-        return self._capacity(len(self.instances) + len(self.down())).answer_room(num_prompt_tokens)
-
-    def _capacity(self, num_workers: int) -> Capacity:
-        """What fits so many workers."""
-        engine = self.plan.engine
-        return Capacity(
-            num_blocks=self._num_blocks,
-            block_size=engine.block_size,
-            chunk_tokens=engine.max_num_batched_tokens,
-            max_ranks=min(self._max_sp or num_workers, num_workers),
-        )
+        return self._fit.capacity().answer_room(num_prompt_tokens)
 
     def problems(self) -> list[str]:
         """Why nobody can serve; empty while somebody can."""
@@ -307,7 +295,6 @@ class Cluster:
             block_bytes=instance.block_bytes,
             epoch=instance.epoch,
         )
-        self._num_blocks = min(member.num_blocks[0] for member in self.instances)
         self.reviver.started(instance)
         self._streams.note_change()
 
@@ -331,30 +318,12 @@ class Cluster:
 
     def _admit(self, generation: Generation) -> None:
         """Refuse what can't be served at all, or not now."""
-        if not self.scheduler.roles() and not self.reviver.num_coming:
+        if not self._fit.num_hopeful:
             raise Overloaded("; ".join(self.problems()))
         if generation.request_id in self._requests:
             raise InvalidRequest(f"request id {generation.request_id!r} is in use")
-        capacity = self._capacity(len(self.instances) + len(self.down()))
-        capacity.check(len(generation.prompt), generation.sampling.max_tokens)
+        self._fit.capacity().check(len(generation.prompt), generation.sampling.max_tokens)
         self._admission.check(generation)
-
-    def _hopeless(self, ask: Ask) -> str:
-        """Why nobody serves a request nor will; empty if somebody may."""
-        num_workers = len(self.scheduler.roles()) + self.reviver.num_coming
-        if not num_workers:
-            return f"no worker is left, and none will come back: {'; '.join(self.problems())}"
-        if self._capacity(num_workers).fits(len(ask.prompt), ask.max_tokens):
-            return ""
-        return (
-            f"this prompt needs the KV cache of more workers than the {num_workers} that are left"
-        )
-
-    def _fits_one(self, request: Request) -> bool:
-        """Whether one worker can hold a request."""
-        generation = request.generation
-        num_tokens = len(generation.prompt) + generation.sampling.max_tokens
-        return num_tokens <= self._capacity(1).num_tokens
 
     async def _place(self, ask: Ask) -> Placement:
         """The scheduler's decision, once there is somebody to decide for."""
@@ -362,7 +331,7 @@ class Cluster:
             try:
                 return decide(self.scheduler, ask)
             except LookupError:
-                if reason := self._hopeless(ask):
+                if reason := self._fit.hopeless(ask):
                     raise Overloaded(reason) from None
             await self._streams.change()
 

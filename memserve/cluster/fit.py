@@ -1,0 +1,70 @@
+"""Whether a request fits the workers that there are, or those that will serve again.
+
+What no worker can hold alone, a group may (`memserve.cluster.capacity`): so it depends on how many
+workers there are. One that is down counts as long as it may come back, or until it has left.
+"""
+
+from typing import final
+
+from memserve.cluster.capacity import Capacity
+from memserve.cluster.membership import Membership
+from memserve.cluster.reviving import Reviver
+from memserve.cluster.streams import Request
+from memserve.config import EngineConfig
+from memserve.scheduler.interface import Ask
+from memserve.scheduler.scheduler import Scheduler
+
+
+@final
+class Fit:
+    """Asks who there is; at most `max_sp` workers share a prompt, 0: all."""
+
+    def __init__(
+        self,
+        members: Membership,
+        scheduler: Scheduler,
+        reviver: Reviver,
+        engine: EngineConfig,
+        max_sp: int,
+    ) -> None:
+        self._members = members
+        self._scheduler = scheduler
+        self._reviver = reviver
+        self._engine = engine
+        self._max_sp = max_sp
+        self._num_blocks = 0
+
+    @property
+    def num_hopeful(self) -> int:
+        """Workers that serve or will serve again."""
+        return len(self._scheduler.roles()) + self._reviver.num_coming
+
+    def capacity(self, num_workers: int | None = None) -> Capacity:
+        """What fits so many workers; None: all that have not left."""
+        if num_workers is None:
+            num_workers = len(self._members.instances) + len(self._reviver.down)
+        sizes = [one.num_blocks[0] for one in self._members.instances if one.ready is not None]
+        if sizes:  # while all are down, those that come back are as large as they were
+            self._num_blocks = min(sizes)
+        return Capacity(
+            num_blocks=self._num_blocks,
+            block_size=self._engine.block_size,
+            chunk_tokens=self._engine.max_num_batched_tokens,
+            max_ranks=min(self._max_sp or num_workers, num_workers),
+        )
+
+    def hopeless(self, ask: Ask) -> str:
+        """Why nobody serves a request nor will; empty if somebody may."""
+        number = self.num_hopeful
+        if not number:
+            reasons = list(self._reviver.down.values())
+            return "; ".join(["no worker is left, and none will come back", *reasons])
+        if self.capacity(number).fits(len(ask.prompt), ask.max_tokens):
+            return ""
+        return f"this prompt needs the KV cache of more workers than the {number} that are left"
+
+    def fits_one(self, request: Request) -> bool:
+        """Whether one worker can hold a request."""
+        generation = request.generation
+        num_tokens = len(generation.prompt) + generation.sampling.max_tokens
+        return num_tokens <= self.capacity().num_tokens
