@@ -136,9 +136,8 @@ class LeastDelay:
         self, question: Question, loads: Loads, outlook: Outlook, cost: float
     ) -> Choice | None:
         """The best group, if it is better than the best placement on one or two instances."""
-        required = self._groups.required(question, loads)
-        group = self._groups.best(question, loads, outlook, below=np.inf if required else cost)
-        if group is None and required:
+        group = self._groups.best(question, loads, outlook, below=cost)
+        if group is None and self._groups.required(question, loads):
             raise LookupError("no group of instances has the room for it")
         return group
 

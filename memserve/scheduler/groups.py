@@ -106,8 +106,9 @@ class GroupChooser:
     def best(
         self, question: Question, loads: Loads, outlook: Outlook, *, below: float
     ) -> Choice | None:
-        """The group of least cost, if that is less than `below`."""
+        """The group of least cost, if that is less than `below` or nothing else is possible."""
         required = self.required(question, loads)
+        below = np.inf if required else below
         found = [
             (float(candidates.cost[i]), candidates, int(i))
             for candidates in self._candidates(question, loads, outlook, required=required)

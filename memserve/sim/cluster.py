@@ -213,6 +213,8 @@ class SimulatedCluster:
             num_cached_by_rank=[owners.count(number) for number in plan.instances],
             dissolved=self._dissolved,
             instances=[self.instances[number] for number in plan.instances],
+            clock=self.clock,
+            sync_seconds=self._setting.profile.sync_seconds,
         )
         self.outcomes.num_groups += 1
         for rank, instance in enumerate(group.instances):

@@ -10,11 +10,13 @@ Contract: blocks that a rank holds for a group are given back exactly once. A ra
 one after the other, in the order of their starts.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, final
 
 from memserve.parallel.work import GroupWork
+from memserve.sim.clock import Clock
 from memserve.sim.sequence import Sequence
 
 if TYPE_CHECKING:
@@ -46,6 +48,9 @@ class SimulatedGroup:
     dissolved: Callable[[int], None]
     """Told of the ticket when a rank has no room."""
     instances: "list[SimulatedInstance]"
+    clock: Clock
+    sync_seconds: float
+    """What a chunk takes longer than the longest share, for each doubling of the ranks."""
     parts: list[Part] = field(default_factory=list)
     chunk: int = 0
     ready: set[int] = field(default_factory=set)
@@ -146,10 +151,10 @@ class SimulatedGroup:
         ]
         instances = [part.instance for part in self.parts]
         seconds = max(run.ends[0] - run.start for run in runs)
-        seconds += instances[0].sync_seconds(len(instances))
+        seconds += self.sync_seconds * math.log2(len(instances))
         for instance, run in zip(instances, runs, strict=True):
             instance.begin_share(run, seconds, len(instances))
-        instances[0].at(runs[0].start + seconds, lambda: self._computed(instances))
+        self.clock.at(runs[0].start + seconds, lambda: self._computed(instances))
 
     def _computed(self, instances: "list[SimulatedInstance]") -> None:
         for instance in instances:

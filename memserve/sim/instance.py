@@ -224,14 +224,6 @@ class SimulatedInstance:
 
     # Groups
 
-    def at(self, time: float, act: Callable[[], None]) -> None:
-        """Do something later, whatever is under way then."""
-        self._clock.at(time, act)
-
-    def sync_seconds(self, num_ranks: int) -> float:
-        """What a step of a group takes longer than its longest share."""
-        return self._profile.sync_seconds * float(np.log2(num_ranks))
-
     def share(self, num_tokens: int, num_pairs: int) -> Run:
         """A step with this share of a group's chunk, and with all that decodes here."""
         slices = self.batcher.schedule(prefill=False)

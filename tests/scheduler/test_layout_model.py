@@ -76,7 +76,7 @@ def loads_under(rate: float, seconds: float, *, prefill_seconds: float, answer: 
     for number in range(round(rate * seconds)):
         ticket = Ticket(
             placement=Placement(prefill=number % 2, decode=number % 2, num_cached_tokens=0),
-            prefill=number % 2,
+            prefill=[number % 2],
             decode=number % 2,
             packed=b"",
             salt="",
