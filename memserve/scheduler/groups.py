@@ -182,7 +182,9 @@ class GroupChooser:
         order = np.concatenate([owners, order[~np.isin(order, owners)]])
         cached = len(question.spread.refs) * self._config.block_size
         reach, who = np.full(len(order), float(cached)), np.full(len(order), -1)
-        judged = self._judged(question, loads, outlook, order, reach, who, required=required)
+        judged = self._judged(
+            question, loads, outlook, order, reach, who, required=required, however_short=True
+        )
         judged.cost[judged.sizes < len(owners)] = np.inf
         yield judged
 
@@ -196,6 +198,7 @@ class GroupChooser:
         holder: Slots,
         *,
         required: bool,
+        however_short: bool = False,
     ) -> _Candidates:
         """The costs of the groups of the first 2, 3, ... slots of an order."""
         size = self._config.block_size
@@ -228,7 +231,7 @@ class GroupChooser:
             cost = cost + missed(ttft, slo)
         leader, decode, decoding = _decoding(outlook, order, last, required=required)
         cost = cost + decoding
-        if not required:
+        if not required and not however_short:
             enough = (new >= self._config.sp_min_tokens) & (num_blocks >= 2 * sizes)
             cost = np.where(enough, cost, np.inf)
         return _Candidates(order, sizes, reach[last], holder[last], cost, leader, decode)

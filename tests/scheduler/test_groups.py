@@ -235,6 +235,8 @@ def test_a_spread_prefix_is_used_by_a_group_of_its_owners_and_others() -> None:
     assert {1, 2} <= set(placement.group.instances)
     assert placement.group.cached == refs
     assert placement.num_cached_tokens == 3200
+    short = made.place(Ask(prompt=prompt[:3210], max_tokens=1), 0.0)
+    assert short.num_cached_tokens == 3200, "however little is left to compute"
     other = made.place(Ask(prompt=prompt, max_tokens=1, salt="other"), 0.0)
     assert other.num_cached_tokens == 0
     assert made.spread(8, prompt, "", refs) == [7], "the longer one has all of the shorter"

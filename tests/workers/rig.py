@@ -375,6 +375,7 @@ class RigOptions:
     max_num_queued_reqs: int = 10_000
     max_num_queued_tokens: int = 1 << 20
     scheduler: SchedulerConfig = PLAIN
+    max_sp: int = 1
     calibration: bool = False
 
 
@@ -429,6 +430,7 @@ async def rig(
         calibration=options.calibration,
         returns=options.scheduler.context_caching == "3",
         worker_timeout=options.worker_timeout,
+        max_sp=options.max_sp,
         spawn=spawn,
     )
     try:
