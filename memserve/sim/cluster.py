@@ -221,15 +221,16 @@ class SimulatedCluster:
             instance.deliver(partial(group.join, rank))
 
     def _dissolved(self, ticket: int) -> None:
-        """A rank had no room: one instance is to prefill the prompt."""
+        """A rank has no room, or none any more: one instance is to serve the request, from anew."""
         stream = self._streams.pop(ticket, None)
         if stream is None:
             return
         self.outcomes.num_dissolved += 1
         self.scheduler.ended(ticket, self.clock.now)
-        decode = stream.decode
-        if decode is not stream.prefill:
+        decode, leader = stream.decode, stream.prefill
+        if decode is not leader:
             decode.deliver(lambda: decode.arrivals.abort(ticket))
+        leader.deliver(lambda: leader.departures.settle(ticket, accepted=True))
         self.clock.at(
             self.clock.now,
             lambda: self._dispatch(

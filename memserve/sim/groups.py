@@ -13,6 +13,7 @@ one after the other, in the order of their starts.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, final
 
 from memserve.parallel.work import GroupWork
@@ -31,6 +32,8 @@ class Part:
     rank: int
     held: Sequence
     """Stands for the rank's blocks of the prompt: pinned ones that are cached, and its own."""
+    claims: bool = True
+    """Whether its claim on them is the group's, and not that of the sequence that decodes."""
 
 
 @final
@@ -107,11 +110,12 @@ class SimulatedGroup:
             self._release(part)
             if self in part.instance.groups:
                 part.instance.groups.remove(self)
-                part.instance.deliver(lambda: None)
+                # Not now: it may be in the middle of its next step's schedule.
+                self.clock.at(self.clock.now, partial(part.instance.deliver, lambda: None))
         self.parts.clear()
 
     def _release(self, part: Part) -> None:
-        if part.held.num_blocks:
+        if part.claims:
             part.instance.batcher.claims.pop(self.ticket, None)
         part.instance.held.remove(part.held)
         part.instance.cache.unpin(part.held.pinned)
@@ -175,7 +179,7 @@ class SimulatedGroup:
         leader, sequence = self.parts[0], self.sequence
         cache = leader.instance.cache
         sequence.pinned, sequence.num_private = leader.held.pinned, leader.held.num_private
-        leader.held.pinned, leader.held.num_private = [], 0
+        leader.held.pinned, leader.held.num_private, leader.claims = [], 0, False
         leader.instance.batcher.claims.pop(self.ticket, None)
         num_blocks = -(-sequence.num_prompt_tokens // cache.block_size)
         num_remote = num_blocks - len(sequence.pinned) - sequence.num_private
