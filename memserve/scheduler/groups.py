@@ -149,9 +149,9 @@ class GroupChooser:
         if len(slots) < 2:
             return
         held = question.held - (0.0 if self._config.dram_in_place else question.slow)
-        # A group's rank delays those who decode there for about half of a prefill.
+        # For about half of a prefill a rank is busy, delays who decodes there, and is waited for.
         own = len(question.ask.prompt) * self._steps.costs.high_row / 2
-        burden = outlook.wait + outlook.there * own * outlook.speed
+        burden = outlook.wait + (1.0 + outlook.there) * own * outlook.speed
         order = slots[np.argsort(burden[slots], kind="stable")]
         reach = np.maximum.accumulate(held[order])
         # Of those with equally much, the first.

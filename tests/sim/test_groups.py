@@ -54,13 +54,10 @@ def test_a_second_turn_uses_what_the_first_left_on_its_leader() -> None:
 
 
 def test_a_rank_without_room_dissolves_the_group_and_the_prompt_is_computed_alone() -> None:
-    cluster = run(
-        "2M",
-        [single(0.01 * i, i, 600, 30) for i in range(12)],
-        kv_cache_tokens=1024,
-    )
-    assert len(cluster.outcomes.requests) == 12
-    assert cluster.outcomes.num_dissolved > 0
+    first, second = single(0.0, 1, 800, 200), single(0.5, 2, 800, 5)
+    cluster = run("2M", [first, second], kv_cache_tokens=1024)
+    assert len(cluster.outcomes.requests) == 2
+    assert (cluster.outcomes.num_groups, cluster.outcomes.num_dissolved) == (2, 1)
 
 
 @settings(max_examples=25, deadline=None)
