@@ -131,7 +131,7 @@ async def abort_many(house: House, number: int, phases: Counter[str]) -> None:
 @pytest.mark.parametrize(
     "number",
     [
-        600,
+        1000,
         pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
     ],
 )
