@@ -131,7 +131,7 @@ async def abort_many(house: House, number: int, phases: Counter[str]) -> None:
 @pytest.mark.parametrize(
     "number",
     [
-        1000,
+        600,
         pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
     ],
 )
