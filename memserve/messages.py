@@ -113,7 +113,7 @@ class Submit(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     outputs: list[int] = []
     """The answer so far, of one whose worker has died: the next token takes the place after it."""
     group: Group | None = None
-    """Set if several instances prefill it together."""
+    """Set if several instances prefill it together; then `decode_on` is none of them."""
 
 
 class Expect(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):

@@ -57,7 +57,7 @@ class Joined(msgspec.Struct, frozen=True, tag=True):
 
     ticket: int
     refs: list[BlockRef]
-    """Of its own blocks, in order of position."""
+    """Of the blocks for its slices, in order of position."""
 
 
 class LeftGroup(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
@@ -65,6 +65,7 @@ class LeftGroup(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
 
     ticket: int
     reason: str
+    """For the log. After the leader has all that it needs, a rank may leave for lack of the others."""
     waited_for: int | None = None
     """The instance that did not write its part in time."""
 

@@ -261,8 +261,8 @@ class Engine:
 
     def _patience(self) -> float:
         """Seconds that an idle engine may sleep before a deadline or a heartbeat wants it."""
-        parts = (self._departures, self._arrivals, self._service, self._loads, self._groups)
-        return 0.05 if any(parts) else HEARTBEAT_S
+        waits = self._departures or self._arrivals or self._service or self._loads
+        return 0.05 if waits or self._groups.num_unfinished else HEARTBEAT_S
 
     def _handle(self, event: Event) -> None:
         match event:

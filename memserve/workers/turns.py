@@ -25,6 +25,10 @@ Leave = Callable[[Part, str, int | None], None]
 """Give a part up, for this reason; the instance that was waited for in vain."""
 
 
+class _Ended(GroupBroken):
+    """The launcher wants it no more."""
+
+
 @final
 class Turns:
     """The started groups of one instance whose prompts are not computed yet."""
@@ -105,7 +109,8 @@ class Turns:
     def broke(self, error: GroupBroken) -> None:
         """The step was left in its middle."""
         assert self._entered is not None
-        self._leave(self._entered, str(error), error.waited_for)
+        if not isinstance(error, _Ended):  # of which the mailbox tells
+            self._leave(self._entered, str(error), error.waited_for)
 
     def computed(self, computed: Slice) -> bool:
         """A slice of a verified step is computed; True if it was the chunk's last one here."""
@@ -146,4 +151,4 @@ class Turns:
             return isinstance(event, Shutdown | Hangup) or event == Abort(ticket)
 
         if self._mail.glance(ends):
-            raise GroupBroken("the launcher has ended it")
+            raise _Ended("the launcher has ended it")

@@ -1,6 +1,7 @@
 """The CPU attention kernels, compiled and in torch, against attention written out plainly."""
 
 import ctypes
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from memserve.errors import UnsupportedModel
 from memserve.model.attention.native import Kernels, load_kernels
 from memserve.model.attention.paged import LONG_CHUNK, PagedAttention, PagedBatch
 from memserve.model.step import StepInput
@@ -185,6 +187,33 @@ def test_a_context_split_among_threads_gives_the_same_and_its_log_sum_exp(
         torch.set_num_threads(before)
     assert_near(output, want)
     assert (sums - want_sums).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_blocks_in_other_arenas_are_attended_to_where_they_lie(
+    kernels: Kernels, dtype: torch.dtype
+) -> None:
+    """What the step writes is in the own arena, and of the rest every second block in another."""
+    spans = [(64, 1), (700, 1), (40, 5), (32, LONG_CHUNK + 4), (128, 40)]
+    task = problem(spans, dtype=dtype, block_size=4)
+    numbers = task.step.block_table.long()
+    other = task.arena.clone()
+    distance = (other.data_ptr() - task.arena.data_ptr()) // other.element_size()
+    far = torch.zeros_like(numbers, dtype=torch.bool)
+    for row, (context, _) in enumerate(spans):
+        far[row, : context // 4 : 2] = True
+    task.arena[numbers[far]] = math.nan
+    offsets = numbers * task.arena.stride(0) + far * distance
+    task.step = dataclasses.replace(task.step, offsets=offsets)
+    got = attend(task, kernels, 0.125, None)
+    assert_near(got, expected(task, 0.125, None)[0])
+
+
+def test_without_kernels_blocks_in_other_arenas_are_refused() -> None:
+    task = problem([(8, 1)])
+    task.step = dataclasses.replace(task.step, offsets=task.step.block_table.long())
+    with pytest.raises(UnsupportedModel, match="kernels"):
+        attend(task, None, 0.125, None)
 
 
 def test_a_step_writes_its_own_slots_and_no_others(kernels: Kernels) -> None:

@@ -1,7 +1,9 @@
 """Groups over a real model: KV and greedy answers of a group equal those of one instance."""
 
 import math
+import random
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -60,10 +62,10 @@ def kv(made: list[HandEngine], refs: list[BlockRef], num_tokens: int) -> torch.T
     return torch.cat(blocks, dim=2)[:, :, :num_tokens].clone()
 
 
-def logprobs(engine: HandEngine) -> list[tuple[int, float]]:
+def logprobs(engine: HandEngine, ticket: int = TICKET) -> list[tuple[int, float]]:
     """The greedy tokens and their log-probabilities."""
     events = [e for m in engine.link.sent if isinstance(m, Tokens) for e in m.events]
-    return [(e.token, e.logprob or 0.0) for e in events if e.ticket == TICKET]
+    return [(e.token, e.logprob or 0.0) for e in events if e.ticket == ticket]
 
 
 def alone(folder: Path, prompt: list[int]) -> tuple[list[tuple[int, float]], torch.Tensor]:
@@ -93,7 +95,53 @@ def test_kv_and_answer_equal_those_of_one_instance(
         launcher.finish(TICKET)
         found = kv(made, asked.refs, wanted_kv.shape[2])
         got = logprobs(made[0])
+    assert_same_answer(got, wanted)
+    assert (found - wanted_kv).abs().max() <= TOLERANCE
+
+
+def test_logits_equal_those_of_one_instance_over_any_cut(tmp_path: Path) -> None:
+    """Lengths around block and slice borders, prefixes that lie spread over the ranks, 2 to 4 ranks."""
+    folder = save(ARCHITECTURES["llama"].config(), tmp_path)
+    *made, single = engines_of(folder, 5)
+    random_ = random.Random(5)
+    with running(*made, single) as launcher:
+        for case in range(30):
+            ranks = random_.sample(range(4), random_.randint(2, 4))
+            border = random_.choice([1, 2, 4, 8, 16, 24]) * BLOCK_SIZE
+            length = max(2, border + random_.choice([-1, 0, 1]))
+            prompt = [random_.randrange(3, VOCAB) for _ in range(length)]
+            ticket, chunk_tokens = 10 * case + 1, random_.choice([4, 12, 64])
+            first = launcher.submit(
+                ticket, prompt, ranks, chunk_tokens=chunk_tokens, max_tokens=1, keeps=True
+            )
+            launcher.finish(ticket)
+            num_cached = random_.randint(0, (length - 1) // BLOCK_SIZE)
+            launcher.submit(
+                ticket + 1,
+                prompt,
+                random_.sample(ranks, len(ranks)),
+                chunk_tokens=random_.choice([4, 12, 64]),
+                cached=first.refs[:num_cached],
+                max_tokens=MAX_TOKENS,
+            )
+            launcher.finish(ticket + 1)
+            leader = made[launcher.requests[ticket + 1].group.instances[0]]
+            sampling = SamplingParams(max_tokens=MAX_TOKENS, seed=0, temperature=0.0, logprobs=0)
+            single.link.inbox.put(
+                Submit(ticket=ticket, choice=0, prompt=prompt, sampling=sampling, reuse=False)
+            )
+            launcher.until(partial(has_answered, single, ticket))
+            wanted = logprobs(single, ticket)
+            assert_same_answer(logprobs(leader, ticket + 1), wanted)
+            assert_same_answer(logprobs(made[ranks[0]], ticket), wanted[:1])
+            launcher.abort(ticket)
+
+
+def has_answered(engine: HandEngine, ticket: int) -> bool:
+    return len(logprobs(engine, ticket)) == MAX_TOKENS
+
+
+def assert_same_answer(got: list[tuple[int, float]], wanted: list[tuple[int, float]]) -> None:
     assert [token for token, _ in got] == [token for token, _ in wanted]
     for (_, left), (_, right) in zip(got, wanted, strict=True):
         assert math.isclose(left, right, abs_tol=TOLERANCE)
-    assert (found - wanted_kv).abs().max() <= TOLERANCE
