@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from memserve.scheduler.fairness import Turn
 from memserve.scheduler.interface import Placement, Role
 from memserve.scheduler.lengths import OutputLengths
 
@@ -69,9 +70,7 @@ class Ticket:
     """Where it decodes, or will; `NOWHERE` if that has gone."""
     packed: bytes
     salt: str
-    flow: str
-    start: float
-    """Virtual time of its turn (`memserve.scheduler.fairness`)."""
+    turn: Turn
     num_prompt_tokens: int
     max_tokens: int
     num_new_tokens: int

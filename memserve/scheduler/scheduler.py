@@ -165,8 +165,7 @@ class Scheduler:
             decode=placement.decode,
             packed=packed,
             salt=ask.salt,
-            flow=flow,
-            start=self._fair.charge(
+            turn=self._fair.charge(
                 flow, seconds * len(added_to) + length * self.steps.costs.decode
             ),
             num_prompt_tokens=num_prompt,
@@ -197,7 +196,7 @@ class Scheduler:
         self._loads.first_token(found, now)
         if found.placement.group is not None:
             self.counters.num_shared_blocks += self._num_shared_blocks(found.placement.group, found)
-        self._fair.served(found.start)
+        self._fair.served(found.turn)
         ttft = now - found.dispatched_at
         if found.placement.prediction is not None:
             self.counters.ttft_error.add(found.placement.prediction.ttft, ttft)
@@ -229,8 +228,8 @@ class Scheduler:
         self._loads.ended(found, now)
         if found.placement.reuse_prefill:
             self._tree.unexpect(found.placement.prefill, found.packed, found.salt)
-        self._fair.served(found.start)
         if not found.first_token_at:
+            self._fair.withdrawn(found.turn)
             return
         self._lengths.add(found.num_tokens, cut=found.num_tokens >= found.max_tokens)
         if found.placement.prediction is not None:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memserve.scheduler.cost import StepCosts
+from memserve.scheduler.fairness import Turn
 from memserve.scheduler.interface import Placement, Role
 from memserve.scheduler.layout_model import Split, Traffic, _choose, expected_jct, traffic
 from memserve.scheduler.loads import Loads, Ticket
@@ -80,8 +81,7 @@ def loads_under(rate: float, seconds: float, *, prefill_seconds: float, answer: 
             decode=number % 2,
             packed=b"",
             salt="",
-            flow="",
-            start=0.0,
+            turn=Turn("", 0.0, 1.0),
             num_prompt_tokens=2000,
             max_tokens=answer,
             num_new_tokens=2000,
