@@ -295,6 +295,7 @@ class Cluster:
             block_bytes=instance.block_bytes,
             epoch=instance.epoch,
         )
+        self._fit.joined()
         self.reviver.started(instance)
         self._streams.note_change()
 

@@ -33,6 +33,11 @@ class Fit:
         self._engine = engine
         self._max_sp = max_sp
         self._num_blocks = 0
+        """Of the smallest arena; while all are down, those that come back are as large."""
+
+    def joined(self) -> None:
+        """One more worker serves."""
+        self._num_blocks = min(one.num_blocks[0] for one in self._members.instances)
 
     @property
     def num_hopeful(self) -> int:
@@ -43,9 +48,6 @@ class Fit:
         """What fits so many workers; None: all that have not left."""
         if num_workers is None:
             num_workers = len(self._members.instances) + len(self._reviver.down)
-        sizes = [one.num_blocks[0] for one in self._members.instances if one.ready is not None]
-        if sizes:  # while all are down, those that come back are as large as they were
-            self._num_blocks = min(sizes)
         return Capacity(
             num_blocks=self._num_blocks,
             block_size=self._engine.block_size,

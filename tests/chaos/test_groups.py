@@ -14,14 +14,14 @@ from tests.chaos.conftest import FLAGS
 from tests.chaos.test_deaths import Answer, pid, stream, wait_until_healthy
 from tests.e2e.servers import ServerProcess, assert_all_home, serve
 
-LONG_PROMPT = "The quick brown fox jumps over the lazy dog. " * 250
+LONG_PROMPT = "The quick brown fox jumps over the lazy dog. " * 230
 NUM_TOKENS = 24
 
 
 @pytest.fixture
 def grouped(tmp_path: Path) -> Iterator[ServerProcess]:
-    """Two workers that share long prompts."""
-    flags = ("--mixed", "2", "--max-sp", "2", "--sp-min-tokens", "256")
+    """Two workers, neither of which has room for the long prompt."""
+    flags = ("--mixed", "2", "--max-sp", "0", "--kv-cache-memory", "80M")
     with serve(*FLAGS, *flags, log=tmp_path / "log") as server:
         yield server
 
@@ -31,7 +31,8 @@ def count(server: ServerProcess, name: str) -> float:
     with urllib.request.urlopen(server.url + "/metrics", timeout=10) as response:
         text = response.read().decode()
     return sum(
-        float(value) for value in re.findall(rf"^memserve:{name}_total{{.*}} (\S+)$", text, re.M)
+        float(value)
+        for value in re.findall(rf"^memserve:{name}_total{{.*}} (\S+)$", text, re.MULTILINE)
     )
 
 
@@ -39,16 +40,18 @@ async def answers(server: ServerProcess, disturb: int | None = None) -> list[Ans
     """A long prompt and a short one; `disturb` sends this signal to a rank in its middle."""
     started = await asyncio.to_thread(count, server, "groups_started")
     async with server.async_client() as client:
-        running = [
-            asyncio.create_task(stream(client, Answer(1), prompt, seed=None, num_tokens=NUM_TOKENS))
-            for prompt in ("Once upon a time", LONG_PROMPT + "Then")
-        ]
-        async with asyncio.timeout(60):
+        long = asyncio.create_task(
+            stream(client, Answer(1), LONG_PROMPT + "Then", seed=None, num_tokens=NUM_TOKENS)
+        )
+        async with asyncio.timeout(100):
             while await asyncio.to_thread(count, server, "groups_started") == started:
                 await asyncio.sleep(0.02)
+        short = asyncio.create_task(
+            stream(client, Answer(1), "Once upon a time", seed=None, num_tokens=NUM_TOKENS)
+        )
         if disturb is not None:
             os.kill(pid(server, 1), disturb)
-        return await asyncio.gather(*running)
+        return await asyncio.gather(long, short)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
