@@ -51,7 +51,7 @@ async def answers(server: ServerProcess, disturb: int | None = None) -> list[Ans
         )
         if disturb is not None:
             os.kill(pid(server, 1), disturb)
-        return await asyncio.gather(long, short)
+        return [await long, await short]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
