@@ -107,6 +107,12 @@ class ServeConfig:
     slo_tpot: float | None = _flag(
         None, "Objective: mean milliseconds per token after the first, in every answer."
     )
+    slo_admission: str = _flag(
+        "none",
+        "Whom --slo-ttft turns away: nobody; or, while prompts queue, with 503 whoever would miss it "
+        "for the queue alone, so that the others keep it.",
+        choices=("none", "reject"),
+    )
     handover_timeout: float = _flag(
         2.0, "Seconds a prefilled request waits for room on its decode worker."
     )

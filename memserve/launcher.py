@@ -42,6 +42,7 @@ from memserve.scheduler.interface import (
     Role,
     RoutingPolicy,
     SchedulerConfig,
+    SloAdmission,
 )
 from memserve.scheduler.scheduler import Scheduler
 from memserve.server import create_app
@@ -134,6 +135,8 @@ def check_ranges(config: ServeConfig) -> None:
         limit = getattr(config, name)
         if limit is not None and not 0 < limit < math.inf:
             raise UsageError(f"--{name.replace('_', '-')} must be a number of milliseconds")
+    if config.slo_admission == "reject" and config.slo_ttft is None:
+        raise UsageError("--slo-admission reject needs the objective: give --slo-ttft")
     if not 0 < config.gpu_memory_utilization <= 1:
         raise UsageError("--gpu-memory-utilization must be above 0 and at most 1")
     if config.max_num_batched_tokens < config.max_num_seqs:
@@ -163,6 +166,7 @@ def scheduler_config(config: ServeConfig) -> SchedulerConfig:
         max_sp=config.max_sp,
         sp_min_tokens=config.sp_min_tokens,
         dram_in_place=config.dram_cache_dtype != "int8",
+        slo_admission=msgspec.convert(config.slo_admission, SloAdmission),
     )
 
 

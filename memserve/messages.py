@@ -35,8 +35,9 @@ from memserve.parallel.messages import (
     StartGroup,
 )
 from memserve.pool.events import IndexEvent
-from memserve.pool.refs import ArenaDescriptor, BlockRef, TierStats
+from memserve.pool.refs import ArenaDescriptor, BlockRef
 from memserve.pool.remote import PoolReply, PoolRequest
+from memserve.stats import EngineStats
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -61,6 +62,19 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """Number of top log-probabilities to return beside the sampled token's; None: none at all."""
 
 
+class Prefilled(msgspec.Struct, frozen=True, array_like=True):
+    """How the prompt of a first token was prefilled."""
+
+    seconds: float
+    """From the moment at which it got its room, loading what lay elsewhere included."""
+    num_host_tokens: int = 0
+    """Of the cached tokens, those that came out of the worker's own DRAM."""
+    num_p2p_tokens: int = 0
+    """Copied from other instances."""
+    num_disk_tokens: int = 0
+    """Read from files."""
+
+
 class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
     """One token of one choice. `finish` is set on the last: `stop` or `length`."""
 
@@ -74,6 +88,8 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
     """The most likely (token, log-probability) pairs, the likeliest first."""
     num_cached_tokens: int = 0
     """On the first token: prompt tokens whose prefill was skipped."""
+    prefilled: Prefilled | None = None
+    """On the first token only."""
 
 
 # Launcher to worker
@@ -251,74 +267,6 @@ class Rejected(msgspec.Struct, frozen=True, tag=True):
     ticket: int
     message: str
     status: int
-
-
-class DiskStats(msgspec.Struct, frozen=True, kw_only=True):
-    """Counters of one worker's history in files, since its start."""
-
-    num_read_blocks: int = 0
-    """Cached blocks of prompts read from files instead of computed."""
-    num_read_bytes: int = 0
-    num_written_blocks: int = 0
-    num_written_bytes: int = 0
-    num_dropped_blocks: int = 0
-    """Not written: the disk was too slow, or failed."""
-    num_bad_files: int = 0
-    """Torn, damaged or foreign; removed."""
-
-
-class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """Counters (since start) and gauges of one worker."""
-
-    num_running: int = 0
-    num_waiting: int = 0
-    num_incoming: int = 0
-    num_steps: int = 0
-    num_preemptions: int = 0
-    num_prefill_tokens: int = 0
-    num_decode_tokens: int = 0
-    num_cached_tokens: int = 0
-    num_queried_tokens: int = 0
-    num_pulls: int = 0
-    """Copies started for handovers, each of many blocks; by layer one for each layer."""
-    num_pulled_blocks: int = 0
-    num_pulled_bytes: int = 0
-    num_returned_blocks: int = 0
-    """Of those, copied for the cache alone: decoded elsewhere, or history of one that has left."""
-    num_failed_pulls: int = 0
-    num_fetched_blocks: int = 0
-    """Cached blocks of prompts copied from other instances instead of computed."""
-    num_fetched_bytes: int = 0
-    num_failed_fetches: int = 0
-    """Fetches that found less than was named."""
-    num_handovers: int = 0
-    num_declined: int = 0
-    num_withdrawn: int = 0
-    """Prompts that were taken back, and decoded where they were prefilled."""
-    num_given_up_loads: int = 0
-    """Prompts that were computed since the copies that they waited for did not move."""
-    num_late_copies: int = 0
-    """Copies that ended when nobody waited for them any more: ignored."""
-    num_expired_leases: int = 0
-    """Blocks allocated for others and not renewed in time."""
-    num_evictions: int = 0
-    num_swapped_out_blocks: int = 0
-    num_swapped_in_blocks: int = 0
-    num_swapped_bytes: int = 0
-    num_group_steps: int = 0
-    """Steps that computed a part of a prompt that a group of instances shares."""
-    num_remote_blocks: int = 0
-    """Other instances' blocks that were attended to where they lie, counted again in each step."""
-    num_remote_bytes: int = 0
-    num_gathered_blocks: int = 0
-    """Blocks of a group's other ranks copied here by the leader."""
-    num_kept_blocks: int = 0
-    """Active blocks of history that lies on several instances: it gives way like other history."""
-    hbm: TierStats | None = None
-    dram: TierStats | None = None
-    """None where there is no DRAM tier."""
-    disk: DiskStats | None = None
-    """None where no history is kept in files."""
 
 
 class StepSample(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):

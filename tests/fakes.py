@@ -12,9 +12,10 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from memserve.errors import InvalidRequest, NotFound, RequestError, RequestFailed
 from memserve.generation import ChoiceToken, Generation
-from memserve.messages import EngineStats, Inspection, TokenEvent
+from memserve.messages import Inspection, TokenEvent
 from memserve.model import prepared
 from memserve.pool.refs import TierStats
+from memserve.stats import EngineStats
 from memserve.tokens import Tokenizer
 
 EOS = 256

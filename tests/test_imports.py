@@ -12,7 +12,16 @@ PACKAGE = Path(__file__).parent.parent / "memserve"
 # A module may import those that stand on an earlier line, and its neighbours in one package.
 LAYERS = [
     {"memserve", "errors", "paths", "machine", "pool.refs"},
-    {"config", "native", "model.spec", "parallel", "pool.remote", "pool.events", "workloads"},
+    {
+        "config",
+        "stats",
+        "native",
+        "model.spec",
+        "parallel",
+        "pool.remote",
+        "pool.events",
+        "workloads",
+    },
     {"messages"},
     {"generation", "channel", "pool"},
     {"scheduler"},

@@ -605,6 +605,13 @@ async def test_a_request_that_is_not_admitted_gets_a_plain_error(
         async with served.http.post(served.url + COMPLETIONS, json=body) as response:
             assert response.status == 503
             assert response.headers["Retry-After"] == told
+    served.generator.refusal = Overloaded("too late", code="slo_ttft")
+    status, answer = await served.post(COMPLETIONS, body)
+    assert (status, answer["error"]["code"]) == (503, "slo_ttft")
+    async with served.http.get(served.url + "/metrics") as response:
+        told = await response.text()
+    assert re.search(r'admission_rejections_total\{[^}]*reason="slo_ttft"\} 1\.0', told)
+    assert re.search(r'admission_rejections_total\{[^}]*reason="other"\} 4\.0', told)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -910,3 +917,52 @@ async def test_a_request_leaves_one_line_in_the_log_and_no_prompt(
     assert "stray_field" in caplog.text
     moments = [line.split(": ")[1] for line in caplog.messages if line.startswith("request r1: ")]
     assert moments[:4] == ["arrived", "admitted", "first token", "last token"]
+
+
+async def counted(served: Served) -> dict[str, float]:
+    """Every counter by its line in /metrics."""
+    async with served.http.get(served.url + "/metrics") as response:
+        lines = (await response.text()).splitlines()
+    pairs = [line.rsplit(" ", 1) for line in lines if not line.startswith("#")]
+    ends = ("_total", "_count", "_sum", "_bucket")
+    return {name: float(value) for name, value in pairs if name.split("{")[0].endswith(ends)}
+
+
+async def test_e4_counters_survive_every_endpoint_refusals_and_retries(
+    tokenizer: Tokenizer, generator: ScriptedGenerator
+) -> None:
+    calls: list[tuple[str, str, object]] = [
+        *(
+            ("GET", path, None)
+            for path in ("/health", "/ping", "/version", "/v1/models", "/openapi.json", "/metrics")
+        ),
+        *(("GET", path, None) for path in ("/admin/instances", "/admin/pool", "/nowhere")),
+        ("POST", "/tokenize", {"prompt": "abc"}),
+        ("POST", "/detokenize", {"tokens": [1, 2]}),
+        ("POST", "/reset_prefix_cache", None),
+        ("POST", COMPLETIONS, {"prompt": "a", "max_tokens": 0, "n": -1}),
+    ]
+    async with serve(tokenizer, generator) as served:
+
+        def requests(found: dict[str, float]) -> float:
+            return sum(n for name, n in found.items() if "memserve:requests_total" in name)
+
+        await served.post(COMPLETIONS, {"prompt": "a", "max_tokens": 3})
+        before = await counted(served)
+        assert requests(before) == 1
+        for method, path, body in [*calls, *calls]:
+            async with served.http.request(method, served.url + path, json=body) as response:
+                await response.read()
+            after = await counted(served)
+            assert all(after[name] >= before[name] for name in before), (method, path)
+            assert requests(after) == requests(before) + (path == COMPLETIONS)
+            before = after
+        generator.refusal = Overloaded("full", code="num_requests")
+        for _ in range(3):  # a client that tries again and again
+            status, _answer = await served.post(COMPLETIONS, {"prompt": "a"})
+            assert status == 503
+        generator.refusal = None
+        await served.post(COMPLETIONS, {"prompt": "a", "max_tokens": 3})
+        after = await counted(served)
+        assert all(after[name] >= before[name] for name in before)
+        assert requests(after) == requests(before) + 4

@@ -10,46 +10,30 @@ Runs on one event loop and imports no torch. It does not parse requests and does
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any, assert_never
+from typing import Any
 
 from memserve.cluster.admission import Admission
 from memserve.cluster.elastic import adapt_roles, drain, join, set_role
 from memserve.cluster.fit import Fit
 from memserve.cluster.groups import Groups
+from memserve.cluster.hearing import Hearing
 from memserve.cluster.inspecting import Inspections, InstanceReport
 from memserve.cluster.instance import Instance, InstancePlan, Spawn, spawn_process
 from memserve.cluster.knowledge import Knowledge
 from memserve.cluster.liveness import Liveness
 from memserve.cluster.membership import Membership
-from memserve.cluster.questions import Questions
+from memserve.cluster.pool_calls import PoolCalls
 from memserve.cluster.recovery import Recovery, ask_of, decide
 from memserve.cluster.returning import Returns
 from memserve.cluster.reviving import Reviver
 from memserve.cluster.streams import Request, Streams
-from memserve.errors import ChannelClosed, InvalidRequest, Overloaded, RequestError, UsageError
+from memserve.errors import ChannelClosed, Overloaded, RequestError, UsageError
 from memserve.generation import ChoiceToken, Generation, Recoveries
-from memserve.messages import (
-    Calibrated,
-    Declined,
-    Heartbeat,
-    IndexEvents,
-    Inspection,
-    PoolAnswer,
-    PoolCall,
-    Published,
-    Pulled,
-    Ready,
-    Rejected,
-    ResetPrefixCache,
-    StartFailed,
-    Tokens,
-    ToLauncher,
-    Withdrawn,
-)
-from memserve.parallel.messages import Gathered, Joined, LeftGroup, LetGo
-from memserve.pool.remote import PoolReply, PoolRequest, RemotePool
+from memserve.messages import ResetPrefixCache
+from memserve.pool.remote import RemotePool
 from memserve.scheduler.interface import Ask, Placement
 from memserve.scheduler.scheduler import Scheduler
 
@@ -82,7 +66,8 @@ class Cluster:
     ) -> None:
         self.plan = plans[0]
         self._members = Membership(plans, spawn)
-        self.pool = RemotePool(self)
+        self.calls = PoolCalls(self._members.by_number)
+        self.pool = RemotePool(self.calls)
         self.scheduler = scheduler
         self._calibration = calibration
         self._knowledge = Knowledge(scheduler)
@@ -107,7 +92,14 @@ class Cluster:
         self._requests: dict[str, Request] = {}
         self._admission = Admission(max_num_queued_reqs, max_num_queued_tokens)
         self._inspections = Inspections()
-        self._calls: Questions[PoolReply] = Questions()
+        self._hearing = Hearing(
+            self._members,
+            self._streams,
+            self.groups,
+            self._knowledge,
+            self._inspections,
+            self.calls,
+        )
         self._liveness = Liveness(worker_timeout)
         self.reviver = Reviver(
             self._members, self._serve, self._streams.note_change, self.recoveries
@@ -185,12 +177,15 @@ class Cluster:
     @asynccontextmanager
     async def generate(self, generation: Generation) -> AsyncIterator[AsyncIterator[ChoiceToken]]:
         """See `memserve.generation.Generator.generate`."""
-        self._admit(generation)
+        if not self._fit.num_hopeful:
+            raise Overloaded("; ".join(self.problems()), code="no_worker")
+        self._admission.check(generation, self._fit.capacity())
         request = Request(generation, asyncio.Queue())
+        ask = ask_of(request, [])
+        self._admission.check_objective(self.scheduler.too_late(ask, time.monotonic()))
         self._requests[generation.request_id] = request
         self._admission.enter(generation)
         try:
-            ask = ask_of(request, [])
             placement = await self._place(ask)
             for choice in range(generation.num_choices):
                 self._streams.open(request, choice, ask, placement)
@@ -217,21 +212,6 @@ class Cluster:
         self.groups.reset()
         for instance in self.instances:
             instance.send(ResetPrefixCache())
-
-    async def call(self, instance: int, request: PoolRequest) -> PoolReply:
-        """See `memserve.pool.remote.Control.call`."""
-        if instance not in self._members.by_number:
-            raise ChannelClosed(f"there is no instance {instance}")
-        return await self._calls.ask(
-            self._members.by_number[instance], lambda number: PoolCall(number, request)
-        )
-
-    def tell(self, instance: int, request: PoolRequest) -> None:
-        """See `memserve.pool.remote.Control.tell`."""
-        if instance in self._members.by_number:
-            self._calls.tell(
-                self._members.by_number[instance], lambda number: PoolCall(number, request)
-            )
 
     # Members
 
@@ -308,23 +288,11 @@ class Cluster:
     def _forget(self, instance: Instance) -> None:
         """An instance is not to be asked for anything any more."""
         self.scheduler.leave(instance.number)
-        self._knowledge.lose(instance)
+        self._hearing.lose(instance)
         self._liveness.forget(instance)
-        self.groups.lose(instance)
-        self._inspections.lose(instance)
-        self._calls.lose(instance)
         self._streams.note_change()
 
     # Requests
-
-    def _admit(self, generation: Generation) -> None:
-        """Refuse what can't be served at all, or not now."""
-        if not self._fit.num_hopeful:
-            raise Overloaded("; ".join(self.problems()))
-        if generation.request_id in self._requests:
-            raise InvalidRequest(f"request id {generation.request_id!r} is in use")
-        self._fit.capacity().check(len(generation.prompt), generation.sampling.max_tokens)
-        self._admission.check(generation)
 
     async def _place(self, ask: Ask) -> Placement:
         """The scheduler's decision, once there is somebody to decide for."""
@@ -333,7 +301,7 @@ class Cluster:
                 return decide(self.scheduler, ask)
             except LookupError:
                 if reason := self._fit.hopeless(ask):
-                    raise Overloaded(reason) from None
+                    raise Overloaded(reason, code="no_worker") from None
             await self._streams.change()
 
     async def _tokens(self, request: Request) -> AsyncIterator[ChoiceToken]:
@@ -352,9 +320,7 @@ class Cluster:
         try:
             async for batch in instance.messages():
                 self._liveness.heard(instance)
-                for message in batch:
-                    if self._members.is_member(instance):  # what one sends that is lost is late
-                        self._handle(instance, message)
+                self._hearing.hear(instance, batch)
         except Exception:
             logger.exception("a message of worker %s could not be handled", instance.name)
         await self.recovery.witness(instance)
@@ -379,42 +345,3 @@ class Cluster:
             else self.reviver.revive(instance, reason)
         )
         self.recovery.lost(instance, self._streams.lose(instance), of_itself=of_itself)
-
-    def _handle(self, instance: Instance, message: ToLauncher) -> None:
-        match message:
-            case Tokens(events):
-                for event in events:
-                    self._streams.token(instance, event)
-            case Published():
-                self._streams.published(message)
-            case Pulled(ticket):
-                self._streams.pulled(ticket)
-            case Declined(ticket):
-                self._streams.declined(instance, ticket)
-            case Withdrawn(ticket):
-                self._streams.withdrawn(instance, ticket)
-            case Rejected(ticket, reason):
-                self._streams.rejected(ticket, reason)
-            case Heartbeat():
-                self._knowledge.beat(instance, message)
-            case IndexEvents():
-                self._knowledge.index_changed(instance, message)
-            case Calibrated():
-                self._knowledge.calibrated(message)
-            case Inspection(query, stats):
-                instance.stats = stats
-                self._inspections.answer(query, message)
-            case PoolAnswer(number, reply):
-                self._calls.answer(number, reply)
-            case Joined(ticket, refs):
-                self.groups.joined(instance, ticket, refs)
-            case LeftGroup():
-                self._streams.left(instance, message)
-            case Gathered(ticket):
-                self._streams.gathered(ticket)
-            case LetGo(ticket):
-                self.groups.let_go(instance, ticket)
-            case Ready() | StartFailed():
-                raise AssertionError(f"not expected here: {message}")
-            case _:
-                assert_never(message)

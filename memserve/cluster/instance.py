@@ -18,7 +18,6 @@ from memserve.errors import ChannelClosed, UsageError
 from memserve.machine import num_memory_kills
 from memserve.messages import (
     Configure,
-    EngineStats,
     MapPeer,
     Ready,
     Shutdown,
@@ -27,6 +26,7 @@ from memserve.messages import (
 )
 from memserve.pool.refs import Tier
 from memserve.scheduler.interface import Role
+from memserve.stats import EngineStats, add_up
 
 STOP_TIMEOUT_S = 10.0
 
@@ -88,7 +88,14 @@ async def spawn_process(
 class Instance:
     """A worker process; `epoch` counts its lives."""
 
-    def __init__(self, number: int, epoch: int, plan: InstancePlan, spawn: Spawn) -> None:
+    def __init__(
+        self,
+        number: int,
+        epoch: int,
+        plan: InstancePlan,
+        spawn: Spawn,
+        former: EngineStats | None = None,
+    ) -> None:
         self.number = number
         self.epoch = epoch
         self.plan = plan
@@ -97,7 +104,9 @@ class Instance:
         """What the scheduler sends to it."""
         self.leaving = False
         """Whether it gets no new work."""
-        self.stats = EngineStats()
+        self._former = former or EngineStats()
+        self.stats = add_up(self._former, EngineStats())
+        """The worker's latest numbers; counters go on from those of its earlier lives."""
         self.ready: Ready | None = None
         self.process: WorkerProcess | None = None
         self._channel: Channel[ToLauncher] | None = None
@@ -134,6 +143,10 @@ class Instance:
         assert self.ready is not None
         layout = self.ready.arenas[Tier.HBM].layout
         return layout.num_blocks * layout.block_size
+
+    def note_stats(self, stats: EngineStats) -> None:
+        """The worker tells the numbers of this life."""
+        self.stats = add_up(self._former, stats)
 
     async def start(self) -> None:
         """Start the process and tell it what to run; `Ready` or `StartFailed` comes later."""

@@ -42,7 +42,7 @@ class Knowledge:
 
     def beat(self, instance: Instance, heartbeat: Heartbeat) -> None:
         """An instance tells its numbers."""
-        instance.stats = heartbeat.stats
+        instance.note_stats(heartbeat.stats)
         if instance.number in self._reporting:
             self._reporting[instance.number] += 1
             if self._reporting[instance.number] >= MAX_BEATS:  # the report got lost as well

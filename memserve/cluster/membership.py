@@ -53,7 +53,7 @@ class Membership:
     async def restart(self, dead: Instance, epoch: int) -> Instance:
         """Give a dead one its next life. Raises what `add` does."""
         plan = dataclasses.replace(dead.plan, role=dead.role)
-        return await self._enter(Instance(dead.number, epoch, plan, self._spawn))
+        return await self._enter(Instance(dead.number, epoch, plan, self._spawn, dead.stats))
 
     async def _enter(self, instance: Instance) -> Instance:
         try:

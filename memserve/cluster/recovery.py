@@ -124,7 +124,7 @@ class Recovery:
             return decide(self._scheduler, ask)
         except LookupError:
             if reason := self._hopeless(ask):
-                self._streams.fail(stream, Overloaded(reason))
+                self._streams.fail(stream, Overloaded(reason, code="no_worker"))
             return None
 
     # The one that may be to blame

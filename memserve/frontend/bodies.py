@@ -54,7 +54,11 @@ class Bodies:
                 if size > self._max_bytes:
                     raise self._too_large()
                 if self._num_bytes > NUM_LARGEST * self._max_bytes:
-                    raise Overloaded("the server is reading too many large requests", retry_after=5)
+                    raise Overloaded(
+                        "the server is reading too many large requests",
+                        code="body_bytes",
+                        retry_after=5,
+                    )
                 pieces.append(piece)
             body = b"".join(pieces)
             pieces.clear()

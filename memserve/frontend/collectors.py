@@ -10,9 +10,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from memserve.generation import GroupCounts, Recoveries
-from memserve.messages import DiskStats, EngineStats
 from memserve.openai.memo import ChatMemo
 from memserve.scheduler.counters import Counters
+from memserve.stats import DiskStats, EngineStats
 
 PREFIX = "memserve:"
 FRONTEND = "frontend"

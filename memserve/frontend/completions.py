@@ -60,7 +60,10 @@ async def _answer(request: web.Request, make_plan: PlanMaker) -> web.StreamRespo
         raise
     except RequestError as error:
         life.status = error.status
-        refused = error.status < HTTPStatus.INTERNAL_SERVER_ERROR or isinstance(error, Overloaded)
+        refused = error.status < HTTPStatus.INTERNAL_SERVER_ERROR
+        if isinstance(error, Overloaded):
+            refused = True
+            metrics.rejected(error)
         life.stamp(Moment.REFUSED if refused else Moment.FAILED)
         raise
     except web.HTTPException as error:

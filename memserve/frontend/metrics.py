@@ -14,8 +14,9 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from memserve.errors import Overloaded
 from memserve.frontend.collectors import FRONTEND, PREFIX
-from memserve.frontend.timeline import Moment, Slo, Timeline
+from memserve.frontend.timeline import SOURCES, Moment, Slo, Timeline
 
 # vLLM's buckets, in seconds.
 FIRST_TOKEN_BUCKETS = (
@@ -30,6 +31,12 @@ LATENCY_BUCKETS = (
     0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0,
     480.0, 960.0, 1920.0, 7680.0,
 )  # fmt: skip
+
+
+REJECTIONS = (
+    "num_requests", "num_tokens", "slo_ttft", "body_bytes", "no_worker", "shutting_down",
+)  # fmt: skip
+"""Codes of `Overloaded`, the errors with which requests are turned away."""
 
 
 class Metrics:
@@ -68,7 +75,12 @@ class Metrics:
         )
         self._prefill_time = self._histogram(
             "request_prefill_time_seconds",
-            "From admission to the first token, waiting included.",
+            "From the start of its prefill on a worker to the first token.",
+            LATENCY_BUCKETS,
+        )
+        self._queue_time = self._histogram(
+            "request_queue_time_seconds",
+            "From arrival to the start of its prefill on a worker.",
             LATENCY_BUCKETS,
         )
         self._request_prompt = self._histogram(
@@ -84,6 +96,14 @@ class Metrics:
         self._cached_tokens = self._counter(
             "prompt_tokens_cached", "Prompt tokens whose prefill was skipped."
         )
+        self._cached_by_source = self._by_source(
+            "prompt_tokens_cached_by_source", "The same, by where their KV lay.", SOURCES
+        )
+        self._prompt_by_source = self._by_source(
+            "prompt_tokens_by_source",
+            "Prompt tokens that were prefilled, by how.",
+            ("local_compute", "local_cache_hit", "external_kv_transfer"),
+        )
         self._output_tokens = self._counter("generation_tokens", "Generated tokens.")
         self._success = Counter(
             PREFIX + "request_success",
@@ -95,6 +115,12 @@ class Metrics:
             PREFIX + "requests",
             "Requests that have ended, by how.",
             ("model_name", "engine", "end"),
+            registry=self._registry,
+        )
+        self._rejections = Counter(
+            PREFIX + "admission_rejections",
+            "Requests turned away with 503, by what there was too much of.",
+            ("model_name", "engine", "reason"),
             registry=self._registry,
         )
         self._judged = Counter(
@@ -110,10 +136,16 @@ class Metrics:
             self._success.labels(*self._labels, reason)
         for end in (Moment.FINISHED, Moment.REFUSED, Moment.ABORTED, Moment.FAILED):
             self._ends.labels(*self._labels, end.value)
+        for reason in REJECTIONS:
+            self._rejections.labels(*self._labels, reason)
 
     def token_gap(self, seconds: float) -> None:
         """Two tokens of a choice came this far apart."""
         self._inter_token.observe(seconds)
+
+    def rejected(self, overload: Overloaded) -> None:
+        """A request was turned away; it ends too."""
+        self._rejections.labels(*self._labels, overload.code or "other").inc()
 
     def ended(self, life: Timeline) -> None:
         """A request has ended: count it, once."""
@@ -122,7 +154,7 @@ class Metrics:
         if life.end is Moment.REFUSED:
             return
         self._prompt_tokens.inc(life.num_prompt_tokens)
-        self._cached_tokens.inc(life.num_cached_tokens)
+        self._count_sources(life)
         self._output_tokens.inc(life.num_output_tokens)
         unfinished = "abort" if life.end is Moment.ABORTED else "error"
         if not life.choices:
@@ -136,7 +168,8 @@ class Metrics:
                 self._judged.labels(*self._labels, objective, "kept" if kept else "missed").inc()
         _observe(self._first_token, life.time_to_first_token)
         _observe(self._admission_time, life.seconds(Moment.ARRIVED, Moment.ADMITTED))
-        _observe(self._prefill_time, life.seconds(Moment.ADMITTED, Moment.FIRST_TOKEN))
+        _observe(self._queue_time, life.queue_time)
+        _observe(self._prefill_time, life.prefill_time)
         self._request_prompt.observe(life.num_prompt_tokens)
         self._request_max_tokens.observe(life.max_tokens)
         if life.end is Moment.FINISHED:
@@ -153,6 +186,25 @@ class Metrics:
             PREFIX + name, text, ("model_name", "engine"), buckets=buckets, registry=self._registry
         )
         return family.labels(*self._labels)
+
+    def _count_sources(self, life: Timeline) -> None:
+        """Where the KV of its prompts came from, of a request that has got that far."""
+        if life.time_to_first_token is None:
+            return
+        cached = life.cached_by_source
+        self._cached_tokens.inc(life.num_cached_tokens)
+        for source, num in cached.items():
+            self._cached_by_source[source].inc(num)
+        by_source = self._prompt_by_source
+        by_source["local_compute"].inc(life.num_prompt_tokens - life.num_cached_tokens)
+        by_source["local_cache_hit"].inc(cached["device"] + cached["host"])
+        by_source["external_kv_transfer"].inc(cached["p2p"] + cached["disk"])
+
+    def _by_source(self, name: str, text: str, sources: Sequence[str]) -> dict[str, Counter]:
+        family = Counter(
+            PREFIX + name, text, ("model_name", "engine", "source"), registry=self._registry
+        )
+        return {source: family.labels(*self._labels, source) for source in sources}
 
     def _counter(self, name: str, text: str) -> Counter:
         family = Counter(PREFIX + name, text, ("model_name", "engine"), registry=self._registry)

@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 Clock = Callable[[], float]
 
+SOURCES = ("device", "host", "p2p", "disk")
+
 
 class Moment(enum.Enum):
     """The events of a request's life, in order; a life ends with exactly one of the last four."""
@@ -63,7 +65,9 @@ class Timeline:
         self.num_prompt_tokens = 0
         self.max_tokens = 0
         self.choices: dict[int, ChoiceTimes] = {}
-        self._cached_by_prompt: dict[int, int] = {}
+        self._first_by_prompt: dict[int, TokenEvent] = {}
+        """Of each prompt the first token of the choice that reused least of it."""
+        self._prefill_seconds = 0.0
         self._stamps: dict[Moment, float] = {}
         self._on_gap = on_gap
         self._clock = clock
@@ -85,9 +89,12 @@ class Timeline:
             times.num_tokens += 1
             return
         self.choices[choice] = ChoiceTimes(first=now, last=now)
-        cached = event.num_cached_tokens
         # Choices share a prompt: what the first to prefill it computed was not skipped.
-        self._cached_by_prompt[prompt] = min(cached, self._cached_by_prompt.get(prompt, cached))
+        least = self._first_by_prompt.setdefault(prompt, event)
+        if event.num_cached_tokens < least.num_cached_tokens:
+            self._first_by_prompt[prompt] = event
+        if Moment.FIRST_TOKEN not in self._stamps and event.prefilled is not None:
+            self._prefill_seconds = event.prefilled.seconds
         self.stamp(Moment.FIRST_TOKEN)
 
     def finish_choice(self, choice: int, reason: str) -> None:
@@ -97,7 +104,19 @@ class Timeline:
     @property
     def num_cached_tokens(self) -> int:
         """Prompt tokens whose prefill was skipped."""
-        return sum(self._cached_by_prompt.values())
+        return sum(event.num_cached_tokens for event in self._first_by_prompt.values())
+
+    @property
+    def cached_by_source(self) -> dict[str, int]:
+        """The same by where their KV lay: vLLM's names; `device` is the prefill worker's own."""
+        found = dict.fromkeys(SOURCES, 0)
+        for event in self._first_by_prompt.values():
+            if (told := event.prefilled) is not None:
+                found["host"] += told.num_host_tokens
+                found["p2p"] += told.num_p2p_tokens
+                found["disk"] += told.num_disk_tokens
+        found["device"] = self.num_cached_tokens - sum(found.values())
+        return found
 
     @property
     def num_output_tokens(self) -> int:
@@ -120,6 +139,18 @@ class Timeline:
     def time_to_first_token(self) -> float | None:
         """Seconds from arrival to the first token of any choice."""
         return self.seconds(Moment.ARRIVED, Moment.FIRST_TOKEN)
+
+    @property
+    def prefill_time(self) -> float | None:
+        """Seconds from the start of the prefill on a worker to the first token here."""
+        first = self.time_to_first_token
+        return None if first is None else min(self._prefill_seconds, first)
+
+    @property
+    def queue_time(self) -> float | None:
+        """Seconds from arrival to that start: with `prefill_time` it is the time to first token."""
+        first, prefill = self.time_to_first_token, self.prefill_time
+        return None if first is None or prefill is None else first - prefill
 
     @property
     def duration(self) -> float | None:

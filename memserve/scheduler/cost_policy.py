@@ -9,6 +9,7 @@ All instances are judged at once, in vectors over the slots of `Loads`: prefill 
 both there. Of pairs only the two best of each side can win, since a pair's cost is a sum.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,29 +23,12 @@ from memserve.scheduler.lengths import OutputLengths
 from memserve.scheduler.loads import Loads
 from memserve.scheduler.objectives import missed
 from memserve.scheduler.policies import Choice, Floats, Question
+from memserve.scheduler.waiting import State, behind, for_room, state_of
 
 MAX_PRESSURE = 0.9
 
 WORK_PRICE = 0.1
 """Seconds of delay to requests still to come that a second of computing is worth."""
-
-
-@dataclass(slots=True)
-class _State:
-    """What runs and waits on each slot now; everything in seconds, at the pace of now."""
-
-    speed: Floats
-    """How much longer everything takes there than by the model."""
-    batch: Floats
-    step: Floats
-    """A step that only decodes."""
-    beside: Floats
-    """What decoding adds to a prefill's step."""
-    rest: Floats
-    """Tokens that a sequence there will still generate, in the mean."""
-    queue: Floats
-    """The queued prefills alone."""
-    queue_steps: Floats
 
 
 @dataclass(slots=True)
@@ -80,6 +64,8 @@ class LeastDelay:
         groups: GroupChooser,
     ) -> None:
         self._config = config
+        # Policies that go by roles are judged here too, for their admission.
+        self._elastic = config.elastic_roles and config.routing_policy == "cost"
         self._steps = steps
         self._copies = copies
         self._lengths = lengths
@@ -96,9 +82,8 @@ class LeastDelay:
             self._follow(loads, question.now)
         prefill = self._prefill(question, loads, state)
         decode = self._decode(question.ask, length, loads, state)
-        elastic = self._config.elastic_roles
-        prefills = rows["serves"] if elastic else rows["prefills"]
-        decodes = rows["serves"] if elastic else rows["decodes"]
+        prefills = self.takes_prompts(loads)
+        decodes = rows["serves" if self._elastic else "decodes"]
         if not prefills.any() or not decodes.any():
             raise LookupError("no instance serves this role")
 
@@ -145,7 +130,7 @@ class LeastDelay:
         self,
         question: Question,
         loads: Loads,
-        state: _State,
+        state: State,
         prefills: NDArray[np.bool_],
         waking: Floats,
     ) -> Outlook:
@@ -170,6 +155,11 @@ class LeastDelay:
             work_price=work_price,
             arrivals=arrivals,
         )
+
+    def takes_prompts(self, loads: Loads) -> NDArray[np.bool_]:
+        """Where prompts may be sent."""
+        takes: NDArray[np.bool_] = loads.rows["serves" if self._elastic else "prefills"]
+        return takes
 
     def _choice(
         self, pair: tuple[int, int], prefill: _Prefill, decode: _Decode, handover: float
@@ -196,29 +186,12 @@ class LeastDelay:
             return None
         return best
 
-    def _state(self, loads: Loads) -> _State:
-        rows, costs = loads.rows, self._steps.costs
-        chunk = max(1, self._config.max_num_batched_tokens)
-        speed = rows["scale"] * self._steps.slowdown(loads.num_busy)
-        batch = rows["num_decoding"]
-        sequences = np.maximum(batch + rows["num_incoming"], 1.0)
-        context = rows["context"] * batch / sequences
-        queue, queue_steps = costs.prefill(
-            rows["queued_tokens"], rows["queued_pairs"], rows["queued_read"], chunk
-        )
-        return _State(
-            speed=speed,
-            batch=batch,
-            step=costs.decoding(batch, context) * speed,
-            beside=costs.beside(batch, context) * speed,
-            rest=rows["remaining"] / sequences,
-            queue=queue * speed,
-            queue_steps=queue_steps,
-        )
+    def _state(self, loads: Loads) -> State:
+        return state_of(loads, self._steps, self._config.max_num_batched_tokens)
 
     # Prefill
 
-    def _prefill(self, question: Question, loads: Loads, state: _State) -> _Prefill:
+    def _prefill(self, question: Question, loads: Loads, state: State) -> _Prefill:
         rows, costs, speed = loads.rows, self._steps.costs, state.speed
         num_tokens = len(question.ask.prompt)
         chunk = max(1, self._config.max_num_batched_tokens)
@@ -302,14 +275,23 @@ class LeastDelay:
         """Seconds until a prompt that is sent now would begin to be computed."""
         return self._wait(loads, self._state(loads), now)
 
-    def _wait(self, loads: Loads, state: _State, now: float) -> Floats:
-        rows = loads.rows
-        seconds = state.queue + state.queue_steps * state.beside
-        queued = np.maximum(rows["num_queued"], 1.0)
-        done = np.minimum(np.maximum(0.0, now - rows["since"]), 0.9 * seconds / queued)
-        # Even an idle queue waits for the step that runs.
-        waiting: Floats = np.where(rows["num_queued"] > 0, seconds - done, state.step / 2)
-        return waiting
+    def first_token(self, question: Question, loads: Loads, ahead: Floats) -> tuple[Floats, Floats]:
+        """Seconds to a prompt's first token on each slot: with nobody there, and behind these.
+
+        `ahead` is the queue before it, as `Loads.ahead` tells it.
+        """
+        state = self._state(loads)
+        prefill = self._prefill(question, loads, state)
+        computing = prefill.ttft - self._wait(loads, state, question.now)
+        chunk = max(1, self._config.max_num_batched_tokens)
+        queue, queue_steps = self._steps.costs.prefill(ahead[1], ahead[2], ahead[3], chunk)
+        before = dataclasses.replace(state, queue=queue * state.speed, queue_steps=queue_steps)
+        wait = behind(ahead[0], loads, before, question.now)
+        room = for_room(question.ask, ahead[0], self._config.max_num_seqs, loads, state)
+        return prefill.own, np.maximum(wait, room) + computing
+
+    def _wait(self, loads: Loads, state: State, now: float) -> Floats:
+        return behind(loads.rows["num_queued"], loads, state, now)
 
     def _swap_in(self, question: Question, block_bytes: Floats) -> Floats:
         """Seconds until the cached part that lies in slower memory is there."""
@@ -318,7 +300,7 @@ class LeastDelay:
 
     # Decode
 
-    def _decode(self, ask: Ask, length: float, loads: Loads, state: _State) -> _Decode:
+    def _decode(self, ask: Ask, length: float, loads: Loads, state: State) -> _Decode:
         rows, costs, speed, mean_rest = loads.rows, self._steps.costs, state.speed, state.rest
         others = rows["num_decoding"] + rows["num_incoming"]
         own_context = ask.num_choices * (len(ask.prompt) + length / 2)
@@ -352,7 +334,7 @@ class LeastDelay:
         lost *= rows["scale"] * self._steps.slowdown(loads.num_busy)
         return lost
 
-    def _interference(self, state: _State) -> Floats:
+    def _interference(self, state: State) -> Floats:
         """Seconds that prefills queued on each slot will keep its decoding sequences from a step."""
         shared = state.queue_steps * self._steps.costs.step * state.speed
         return np.maximum(0.0, state.queue - shared)

@@ -9,6 +9,7 @@ from memserve.pool.refs import BlockRef
 RoutingPolicy = Literal["round-robin", "least-load", "session", "prompt-tree", "cost"]
 ContextCaching = Literal["off", "1", "2", "3"]
 FetchPolicy = Literal["cost", "always", "never"]
+SloAdmission = Literal["none", "reject"]
 
 
 class Role(StrEnum):
@@ -118,3 +119,5 @@ class SchedulerConfig:
     """Prompts with fewer tokens to compute are no group's work, if they fit one instance."""
     dram_in_place: bool = True
     """Whether blocks in DRAM can be attended to where they lie: not those of int8."""
+    slo_admission: SloAdmission = "none"
+    """Whether who would miss `slo_ttft` for the queue is turned away."""

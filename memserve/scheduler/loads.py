@@ -181,6 +181,21 @@ class Loads:
 
     # Tickets
 
+    def ahead(self, tickets: Iterable[Ticket], order: float) -> NDArray[np.float64]:
+        """What is queued on each slot and goes before a prompt of this order: [4, slots].
+
+        Prompts, their tokens still to compute, the pairs that these attend to, what chunks read.
+        """
+        found = np.zeros((4, len(self.rows)))
+        for ticket in tickets:
+            if ticket.first_token_at or ticket.placement.order > order:
+                continue
+            share = 1 / len(ticket.prefill)
+            new = (share * ticket.num_new_tokens, share * ticket.num_new_pairs)
+            for slot in self._slots_of(ticket.prefill):
+                found[:, slot] += (1, *new, ticket.num_new_read)
+        return found
+
     def dispatched(self, ticket: Ticket, prefill_seconds: float, now: float) -> None:
         """One more ticket; its prefill will take each of its instances so long."""
         if now - self._last > 3 * PRESSURE_SECONDS:

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from memserve.scheduler.interface import Ask, Prediction
+from memserve.scheduler.interface import Ask, Prediction, RoutingPolicy
 from memserve.scheduler.loads import Loads
 from memserve.scheduler.spread import SpreadPrefix
 
@@ -152,3 +152,18 @@ class LongestPrefix:
         longest = cached.max(initial=-1.0)
         prefill = loads.least(backlog(loads), rows["prefills"] & (cached >= longest))
         return Choice(prefill, decode_slot(loads, prefill))
+
+
+def make_policy(name: RoutingPolicy, by_cost: Policy, stride: int) -> Policy:
+    """The policy of a name; `by_cost` is that of `cost`, `stride` the bytes of a block's tokens."""
+    match name:
+        case "round-robin":
+            return RoundRobin()
+        case "least-load":
+            return LeastLoad()
+        case "session":
+            return SessionAffinity(stride)
+        case "prompt-tree":
+            return LongestPrefix()
+        case "cost":
+            return by_cost

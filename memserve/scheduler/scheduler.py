@@ -5,7 +5,7 @@ and hands on what workers tell of their caches and steps. Time is passed in, so 
 simulation drive the same code. Times are seconds. No I/O, no torch, single-threaded.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from memserve.pool.refs import BlockRef
 from memserve.scheduler.cost import CopyModel, StepModel, num_pairs, num_read
 from memserve.scheduler.cost_policy import LeastDelay
 from memserve.scheduler.counters import Counters
+from memserve.scheduler.early_rejection import EarlyRejection
 from memserve.scheduler.fairness import FairOrder
 from memserve.scheduler.global_tree import GlobalPromptTree
 from memserve.scheduler.group_cost import GroupModel
@@ -30,16 +31,7 @@ from memserve.scheduler.interface import (
 from memserve.scheduler.lengths import OutputLengths
 from memserve.scheduler.loads import Loads, Ticket
 from memserve.scheduler.planner import RolePlanner
-from memserve.scheduler.policies import (
-    Choice,
-    GroupChoice,
-    LeastLoad,
-    LongestPrefix,
-    Policy,
-    Question,
-    RoundRobin,
-    SessionAffinity,
-)
+from memserve.scheduler.policies import Choice, GroupChoice, Question, make_policy
 from memserve.scheduler.spread import SpreadPrompts
 
 WARM_UP = 50
@@ -63,8 +55,13 @@ class Scheduler:
         self._spread = SpreadPrompts(config.block_size)
         self._chooser = GroupChooser(config, self.steps, self.groups)
         self._delays = LeastDelay(config, self.steps, self.copies, self._lengths, self._chooser)
+        self._early: EarlyRejection | None = None
+        if config.slo_admission == "reject" and config.slo_ttft is not None:
+            self._early = EarlyRejection(self._delays, config.slo_ttft)
         self._planner = RolePlanner()
-        self._policy = self._make_policy()
+        self._policy = make_policy(
+            config.routing_policy, self._delays, config.block_size * TOKEN_BYTES
+        )
         self._packed: tuple[list[int], bytes] = ([], b"")
 
     # Members
@@ -108,6 +105,17 @@ class Scheduler:
         return dict(self._loads.roles)
 
     # Requests
+
+    def too_late(self, ask: Ask, now: float) -> float | None:
+        """Seconds by which a new request would miss the TTFT objective, if it is to be turned away.
+
+        None: let it in (`early_rejection` has the rule). Not to be asked for work that was accepted.
+        """
+        if self._early is None:
+            return None
+        order = self._fair.order(ask.tenant or ask.session, ask.priority)
+        question = self._question(ask, now)
+        return self._early.judge(question, order, self._loads, self._tickets.values())
 
     def place(self, ask: Ask, now: float) -> Placement:
         """Where a request should run.
@@ -306,16 +314,6 @@ class Scheduler:
     def audit(self) -> list[str]:
         """Recount everything from scratch; what is wrong, in words."""
         return self._tree.audit() + self._loads.recount(self._tickets.values())
-
-    def _make_policy(self) -> Policy:
-        makers: dict[str, Callable[[], Policy]] = {
-            "round-robin": RoundRobin,
-            "least-load": LeastLoad,
-            "session": lambda: SessionAffinity(self._config.block_size * TOKEN_BYTES),
-            "prompt-tree": LongestPrefix,
-            "cost": lambda: self._delays,
-        }
-        return makers[self._config.routing_policy]()
 
     def _pack(self, prompt: list[int]) -> bytes:
         """The packed prompt; a request is dispatched right after it was placed."""

@@ -166,6 +166,10 @@ class SimulatedCluster:
             tenant=dialogue.tenant,
             may_share=may_share,
         )
+        if self.scheduler.too_late(ask, self.clock.now) is not None:
+            self.outcomes.num_rejected += 1
+            self._num_open -= 1  # without this answer the dialogue does not go on
+            return
         placement = self.scheduler.place(ask, self.clock.now)
         self._num_tickets += 1
         ticket = self._num_tickets
@@ -305,7 +309,7 @@ class SimulatedCluster:
             prefill.deliver(lambda: prefill.arrivals.take_back(packed, "", owner.cache))
         self._next_turn(stream.dialogue)
         limit = self._setting.max_concurrency
-        if limit is not None and self._held and len(self._streams) < limit:
+        while limit is not None and self._held and len(self._streams) < limit:
             self._send(*self._held.popleft())
 
     def published(self, ticket: int, num_blocks: int, *, complete: bool) -> None:

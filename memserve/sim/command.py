@@ -8,7 +8,7 @@ import click
 import msgspec
 
 from memserve.errors import UsageError
-from memserve.scheduler.interface import ContextCaching, FetchPolicy, RoutingPolicy
+from memserve.scheduler.interface import ContextCaching, FetchPolicy, RoutingPolicy, SloAdmission
 from memserve.sim.costs import builtin_profiles
 from memserve.sim.experiment import SimulateOptions, choose_profile, simulate_all
 from memserve.sim.grid import GRID, HELD_OUT, Cell, CellResult, render_grid, run_grid
@@ -78,6 +78,18 @@ FLAGS: tuple[Callable[[Callable[..., None]], Callable[..., None]], ...] = (
     ),
     click.option("--max-sp", type=click.IntRange(min=0), default=1, help="As serve."),
     click.option("--sp-min-tokens", type=click.IntRange(min=1), default=512, help="As serve."),
+    click.option(
+        "--slo-ttft", type=click.FloatRange(min=0, min_open=True), help="As serve, milliseconds."
+    ),
+    click.option(
+        "--slo-tpot", type=click.FloatRange(min=0, min_open=True), help="As serve, milliseconds."
+    ),
+    click.option(
+        "--slo-admission",
+        type=click.Choice(get_args(SloAdmission)),
+        default="none",
+        help="As serve; a session that is turned away does not come back.",
+    ),
     click.option("--block-size", type=click.IntRange(min=1), default=16, help="Tokens in a block."),
     click.option(
         "--profile",

@@ -14,6 +14,7 @@ from memserve.scheduler.interface import (
     FetchPolicy,
     RoutingPolicy,
     SchedulerConfig,
+    SloAdmission,
 )
 from memserve.sim.calibration import calibrated
 from memserve.sim.cluster import Setting, simulate
@@ -43,6 +44,10 @@ class SimulateOptions:
     max_sp: int = 1
     """As `--max-sp`: whether several instances may prefill a prompt together."""
     sp_min_tokens: int = 512
+    slo_ttft: float | None = None
+    """Milliseconds, as the next."""
+    slo_tpot: float | None = None
+    slo_admission: SloAdmission = "none"
     block_size: int = 16
     profile: str = "cpu-demo"
     cost_model: Path | None = None
@@ -174,6 +179,9 @@ def play(
     max_concurrency: int | None = None,
 ) -> Figures:
     """The figures of these dialogues. Raises `UsageError` if none fits the instances."""
+    slo_ttft, slo_tpot = (
+        None if limit is None else limit / 1000 for limit in (options.slo_ttft, options.slo_tpot)
+    )
     setting = Setting(
         profile=profile,
         roles=parse_layout(layout),
@@ -184,6 +192,9 @@ def play(
             routing_policy=policy,
             context_caching=options.context_caching,
             fetch_policy=options.fetch_policy,
+            slo_ttft=slo_ttft,
+            slo_tpot=slo_tpot,
+            slo_admission=options.slo_admission,
             elastic_roles=elastic and options.elastic_roles and policy == "cost",
             max_sp=options.max_sp,
             sp_min_tokens=options.sp_min_tokens,
@@ -196,4 +207,4 @@ def play(
     outcomes = simulate(setting, asked)
     if not outcomes.requests:
         raise UsageError("no request of the workload fits an instance's KV cache")
-    return outcomes.figures()
+    return outcomes.figures(slo_ttft, slo_tpot)

@@ -46,6 +46,12 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     num_requests: int
     num_refused: int
     """Too long for an instance's KV cache."""
+    num_rejected: int = 0
+    """Turned away since they would have missed the TTFT objective; their sessions end."""
+    num_kept: int = 0
+    """Requests that kept every objective; without one, all."""
+    goodput: float = 0.0
+    """Of those, how many a second."""
     duration: float
     ttft_mean: float
     ttft_p50: float
@@ -81,6 +87,7 @@ class Outcomes:
 
     requests: list[Outcome] = field(default_factory=list)
     num_refused: int = 0
+    num_rejected: int = 0
     num_role_changes: int = 0
     num_groups: int = 0
     num_dissolved: int = 0
@@ -96,17 +103,29 @@ class Outcomes:
         self.duration = max((outcome.end for outcome in self.requests), default=now)
         self.instances = instances
 
-    def figures(self) -> Figures:
-        """The numbers. There must be a request."""
+    def num_kept(self, slo_ttft: float | None, slo_tpot: float | None) -> int:
+        """Requests that kept these objectives."""
+        return sum(
+            (slo_ttft is None or one.ttft <= slo_ttft)
+            and (slo_tpot is None or (one.tpot or 0.0) <= slo_tpot)
+            for one in self.requests
+        )
+
+    def figures(self, slo_ttft: float | None = None, slo_tpot: float | None = None) -> Figures:
+        """The numbers, under these objectives. There must be a request."""
         requests, instances = self.requests, self.instances
         ttft = np.array([outcome.ttft for outcome in requests])
         jct = np.array([outcome.jct for outcome in requests])
         tpot = np.array([t for outcome in requests if (t := outcome.tpot) is not None] or [0.0])
+        num_kept = self.num_kept(slo_ttft, slo_tpot)
         num_prompt = sum(outcome.num_prompt_tokens for outcome in requests)
         arrivals = [instance.arrivals for instance in instances]
         return Figures(
             num_requests=len(requests),
             num_refused=self.num_refused,
+            num_rejected=self.num_rejected,
+            num_kept=num_kept,
+            goodput=num_kept / self.duration,
             duration=self.duration,
             ttft_mean=float(ttft.mean()),
             ttft_p50=float(np.percentile(ttft, 50)),

@@ -6,7 +6,7 @@ from memserve.sim.experiment import Report, Run
 
 HEADER = (
     "rate|layout|policy|TTFT mean ms|TTFT p99|TPOT ms|TPOT p99|JCT mean s|JCT p99|hit rate|"
-    "busy|GB copied|handovers|role changes"
+    "busy|GB copied|handovers|role changes|turned away|kept|kept/s"
 )
 
 
@@ -44,6 +44,9 @@ def row(run: Run) -> list[str]:
         f"{figures.copied_bytes / 1e9:.2f}",
         f"{figures.num_handovers}",
         f"{figures.num_role_changes}",
+        f"{figures.num_rejected}",
+        f"{figures.num_kept}",
+        f"{figures.goodput:.3f}",
     ]
 
 

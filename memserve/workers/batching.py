@@ -11,6 +11,7 @@ rather than computing the same blocks beside it.
 Knows blocks and tickets, no tensors and no messages.
 """
 
+import time
 from array import array
 from bisect import insort
 from collections.abc import Callable
@@ -234,6 +235,8 @@ class Batcher:
     def _take(self, sequence: Sequence, match: Match, room: list[int]) -> Admission:
         """Run a sequence on its matched blocks and on `room`, or load what of it lies elsewhere."""
         self.waiting.remove(sequence)
+        if sequence.started_at is None:
+            sequence.started_at = time.monotonic()
         blocks = match.commit()
         in_dram = blocks[match.num_hbm :]
         sequence.blocks.extend(blocks[: match.num_hbm] + room)
@@ -247,8 +250,9 @@ class Batcher:
         return Admission.LOADS
 
     def _count_cached(self, sequence: Sequence) -> None:
-        if sequence.num_outputs == 0:
+        if sequence.num_outputs == 0 and not sequence.counted:
             sequence.num_cached_tokens = sequence.num_computed
+            sequence.counted = True
 
     def _unload(self, ticket: int) -> Sequence | None:
         """Take a loading sequence's blocks; its copies go on, those from DRAM for the index."""

@@ -8,9 +8,9 @@ a heartbeat, between the layers of one.
 from collections.abc import Sequence as Items
 from typing import final
 
-from memserve.messages import EngineStats
 from memserve.pool.mempool import MemPool
 from memserve.pool.service import PoolService
+from memserve.stats import EngineStats
 from memserve.workers.batching import Batcher
 from memserve.workers.fetching import Loads
 from memserve.workers.handover import Arrivals, Departures

@@ -21,7 +21,6 @@ from memserve.messages import (
     Calibrate,
     Calibrated,
     Configure,
-    EngineStats,
     Expect,
     Inspect,
     Inspection,
@@ -44,6 +43,7 @@ from memserve.pool.mempool import MemPool
 from memserve.pool.progress import GroupProgress, StepProgress
 from memserve.pool.service import PoolService, StartPull
 from memserve.pool.space import BlockSpace
+from memserve.stats import EngineStats
 from memserve.workers.batching import Batcher
 from memserve.workers.books import Books
 from memserve.workers.calibration import CopyBlocks, calibrate
@@ -384,6 +384,7 @@ class Engine:
             logprob=sampled.logprob,
             top=sampled.top,
             num_cached_tokens=sequence.num_cached_tokens if position == 0 else 0,
+            prefilled=sequence.prefilled(time.monotonic()) if position == 0 else None,
         )
 
     def audit(self) -> list[str]:

@@ -12,6 +12,7 @@ the sequence, which may give up its room at any moment: then nobody hears of the
 and sequences, moves no bytes.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -20,7 +21,7 @@ from memserve.pool.disk import Content
 from memserve.pool.mempool import MemPool
 from memserve.pool.pending import Swap
 from memserve.pool.refs import BlockRef, Tier
-from memserve.workers.sequence import Sequence
+from memserve.workers.sequence import Sequence, Source
 from memserve.workers.stalling import STALL_S, Progress
 from memserve.workers.swapping import Swapper
 
@@ -75,14 +76,25 @@ class Load:
         return len(self.num_good) == len(self.copies)
 
     @property
-    def num_loaded(self) -> int:
-        """Blocks that are right, up to the first that is not."""
-        total = 0
+    def num_loaded(self) -> Counter[Source]:
+        """Blocks that are right, up to the first that is not, by where they came from."""
+        found: Counter[Source] = Counter()
         for copy in self.copies:
-            total += self.num_good[copy]
+            found[source_of(copy)] += self.num_good[copy]
             if self.num_good[copy] < num_blocks(copy):
                 break
-        return total
+        return found
+
+
+def source_of(copy: Copy) -> Source:
+    """Where the blocks of a copy lay."""
+    match copy:
+        case Swap():
+            return Source.HOST
+        case Fetch():
+            return Source.P2P
+        case FileRead():
+            return Source.DISK
 
 
 def num_blocks(copy: Copy) -> int:
@@ -225,7 +237,11 @@ class Loads:
             return None
         sequence = load.sequence
         del self._loads[sequence.ticket]
-        sequence.num_computed += load.num_loaded * self._pool.block_size
+        num_loaded = load.num_loaded
+        sequence.num_computed += num_loaded.total() * self._pool.block_size
+        if not sequence.counted:
+            for source, num in num_loaded.items():
+                sequence.num_loaded[source] = num * self._pool.block_size
         sequence.fetch = []
         return sequence
 

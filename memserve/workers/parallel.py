@@ -13,6 +13,7 @@ nothing is held for it. What the batcher runs of a group holds its blocks throug
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
 from typing import final
@@ -155,6 +156,7 @@ class Groups:
         part.watch = watch
         part.lockstep = Lockstep(self._progress, part.number, headers, patience=self._patience)
         part.sequence.blocks.extend(numbers)
+        part.sequence.started_at = time.monotonic()
         part.blocks = []
         self.turns.add(part)
 

@@ -11,8 +11,9 @@ from typing import final
 
 import msgspec
 
-from memserve.messages import EngineStats, Heartbeat
+from memserve.messages import Heartbeat
 from memserve.model.step import LayerWritten
+from memserve.stats import EngineStats
 from memserve.workers.samples import Samples
 
 HEARTBEAT_S = 1.0

@@ -1,14 +1,27 @@
 """One choice of one request as the engine sees it: its tokens, its blocks, how far it is computed."""
 
 from array import array
+from collections import Counter
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import TypeVar
 
-from memserve.messages import SamplingParams, Submit
+from memserve.messages import Prefilled, SamplingParams, Submit
 from memserve.pool.refs import BlockRef
 
 T = TypeVar("T")
+
+
+class Source(Enum):
+    """Where cached tokens that are not in HBM come from."""
+
+    HOST = auto()
+    """The own DRAM."""
+    P2P = auto()
+    """Another instance."""
+    DISK = auto()
+    """Files."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -41,7 +54,13 @@ class Sequence:
     num_computed: int = 0
     blocks: "array[int]" = field(default_factory=lambda: array("i"))
     num_cached_tokens: int = 0
-    """Prompt tokens whose prefill was skipped at first admission."""
+    """Prompt tokens whose prefill was skipped when it first ran."""
+    num_loaded: Counter[Source] = field(default_factory=Counter)
+    """Of those, the tokens that did not lie in the own HBM."""
+    started_at: float | None = None
+    """When it first got room for its prompt (monotonic clock)."""
+    counted: bool = False
+    """Whether these are known: what it finds later of what it has computed itself is no reuse."""
     num_published: int = 0
     """Blocks that the decode instance has been told of."""
     spread: bool = False
@@ -67,6 +86,15 @@ class Sequence:
     def prefilling(self) -> bool:
         """Whether more than its newest own token is still to be computed."""
         return self.num_pending > 1 or self.num_new_outputs == 0
+
+    def prefilled(self, now: float) -> Prefilled | None:
+        """What is to be told with its first token; None if it never waited for room here."""
+        if self.started_at is None:
+            return None
+        loaded = self.num_loaded
+        return Prefilled(
+            now - self.started_at, loaded[Source.HOST], loaded[Source.P2P], loaded[Source.DISK]
+        )
 
     def finish_reason(self, eos_token_ids: frozenset[int]) -> str | None:
         """Why the newest token is the last one: `stop`, `length`, or None when it isn't.

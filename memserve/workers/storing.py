@@ -19,12 +19,12 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import assert_never
 
-from memserve.messages import DiskStats
 from memserve.pool.disk import BlockFiles, Content
 from memserve.pool.events import Cleared, IndexEvent, Inserted, Moved, Removed
 from memserve.pool.refs import Tier
 from memserve.pool.transfer.memfd import LocalArena
 from memserve.pool.transfer.own import OwnCopy
+from memserve.stats import DiskStats
 from memserve.workers.fetching import FileRead
 from memserve.workers.link import CopyFailed, Event, FetchDone
 

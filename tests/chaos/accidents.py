@@ -5,8 +5,8 @@ import dataclasses
 from collections.abc import Awaitable, Callable
 
 from memserve.cluster.cluster import Cluster
-from memserve.messages import EngineStats
 from memserve.scheduler.interface import Role
+from memserve.stats import EngineStats
 from tests.faults.plan import Action, Fault, Faults
 from tests.workers.rig import PLAIN, answer, assert_all_home, generation, oracle_answer
 

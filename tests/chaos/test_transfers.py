@@ -287,12 +287,12 @@ class Watched:
         self.num_renewals = 0
 
     async def call(self, instance: int, request: PoolRequest) -> PoolReply:
-        reply = await self._cluster.call(instance, request)
+        reply = await self._cluster.calls.call(instance, request)
         self.num_renewals += isinstance(request, Renew)
         return reply
 
     def tell(self, instance: int, request: PoolRequest) -> None:
-        self._cluster.tell(instance, request)
+        self._cluster.calls.tell(instance, request)
 
 
 async def test_c3_a6_a_receiver_slower_than_its_lease_keeps_it_while_it_is_renewed() -> None:

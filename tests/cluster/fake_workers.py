@@ -16,7 +16,6 @@ from memserve.config import EngineConfig
 from memserve.generation import Generation
 from memserve.messages import (
     Configure,
-    EngineStats,
     Inspect,
     Inspection,
     Ready,
@@ -29,6 +28,7 @@ from memserve.messages import (
 from memserve.pool.refs import ArenaDescriptor, ArenaLayout, BlockRef
 from memserve.scheduler.interface import Role
 from memserve.scheduler.scheduler import Scheduler
+from memserve.stats import EngineStats
 
 BLOCK_SIZE = 4
 NUM_BLOCKS = 16

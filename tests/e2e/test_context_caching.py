@@ -10,9 +10,9 @@ from typing import Any
 from memserve.cluster.cluster import Cluster
 from memserve.cluster.instance import InstancePlan
 from memserve.config import EngineConfig
-from memserve.messages import EngineStats
 from memserve.scheduler.interface import ContextCaching, Role, SchedulerConfig
 from memserve.scheduler.scheduler import Scheduler
+from memserve.stats import EngineStats
 from tests.e2e.greedy import assert_greedy
 from tests.e2e.servers import ServerProcess, assert_all_home, serve
 from tests.model import tiny

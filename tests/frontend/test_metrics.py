@@ -4,12 +4,14 @@ from collections.abc import Callable
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from memserve.errors import Overloaded
 from memserve.frontend.collectors import InstanceCollector, SchedulerCollector, kv_cache_usage
 from memserve.frontend.metrics import Metrics, one_two_five
 from memserve.frontend.timeline import Moment, Slo, Timeline
-from memserve.messages import EngineStats, TokenEvent
+from memserve.messages import Prefilled, TokenEvent
 from memserve.pool.refs import TierStats
 from memserve.scheduler.counters import Counters
+from memserve.stats import EngineStats
 from tests.fakes import FakeInstance
 
 INSTANCES = [
@@ -39,8 +41,8 @@ def ticking(step: float = 1.0) -> Callable[[], float]:
     return lambda: next(ticks) * step
 
 
-def event(position: int, *, cached: int = 0) -> TokenEvent:
-    return TokenEvent(ticket=1, position=position, token=5, num_cached_tokens=cached)
+def event(position: int, *, cached: int = 0, prefilled: Prefilled | None = None) -> TokenEvent:
+    return TokenEvent(1, position, 5, num_cached_tokens=cached, prefilled=prefilled)
 
 
 def scrape(metrics: Metrics) -> dict[tuple[str, ...], float]:
@@ -67,7 +69,7 @@ def test_a_request_is_measured_from_its_timeline(metrics: Metrics) -> None:
     life = Timeline("r", on_gap=metrics.token_gap, clock=ticking())  # arrived at 0
     life.num_prompt_tokens, life.max_tokens = 12, 100
     life.stamp(Moment.ADMITTED)  # 1
-    life.token(0, 0, event(0, cached=8))  # the token at 2, the stamp at 3
+    life.token(0, 0, event(0, cached=8, prefilled=Prefilled(1.25)))  # at 2, the stamp at 3
     life.token(0, 0, event(1))  # 4
     life.token(0, 0, event(2))  # 5
     life.finish_choice(0, "stop")
@@ -83,7 +85,8 @@ def test_a_request_is_measured_from_its_timeline(metrics: Metrics) -> None:
     assert found["memserve:e2e_request_latency_seconds_sum", frontend] == 7
     assert found["memserve:request_decode_time_seconds_sum", frontend] == 3
     assert found["memserve:request_admission_time_seconds_sum", frontend] == 1
-    assert found["memserve:request_prefill_time_seconds_sum", frontend] == 2
+    assert found["memserve:request_queue_time_seconds_sum", frontend] == 1.75
+    assert found["memserve:request_prefill_time_seconds_sum", frontend] == 1.25
     assert found["memserve:prompt_tokens_total", frontend] == 12
     assert found["memserve:prompt_tokens_cached_total", frontend] == 8
     assert found["memserve:generation_tokens_total", frontend] == 3
@@ -226,3 +229,62 @@ def test_the_schedulers_predictions_are_told_as_sums() -> None:
     assert found["memserve:predictions_total", "frontend", "ttft"] == 2
     assert found["memserve:predictions_total", "frontend", "prefill"] == 0
     assert found["memserve:scheduler_decisions_total", "frontend"] == 2
+
+
+def test_who_is_turned_away_is_counted_by_reason(metrics: Metrics) -> None:
+    name, frontend = "memserve:admission_rejections_total", "frontend"
+    assert scrape(metrics)[name, frontend, "slo_ttft"] == 0
+    metrics.rejected(Overloaded("late", code="slo_ttft"))
+    metrics.rejected(Overloaded("late", code="slo_ttft"))
+    metrics.rejected(Overloaded("whatever"))
+    found = scrape(metrics)
+    assert found[name, frontend, "slo_ttft"] == 2
+    assert found[name, frontend, "other"] == 1
+    assert found[name, frontend, "num_requests"] == 0
+
+
+@pytest.mark.parametrize("told", [Prefilled(0.0), Prefilled(1.0), Prefilled(99.0), None])
+def test_f5_the_phases_of_a_request_sum_to_its_time_to_first_token(
+    metrics: Metrics, told: Prefilled | None
+) -> None:
+    life = Timeline("r", on_gap=metrics.token_gap, clock=ticking())
+    life.stamp(Moment.ADMITTED)
+    life.token(0, 0, event(0, prefilled=told))
+    life.token(0, 1, event(0, prefilled=Prefilled(2.5)))  # not the one that is timed
+    life.stamp(Moment.FINISHED)
+    metrics.ended(life)
+    found = scrape(metrics)
+    queue = found["memserve:request_queue_time_seconds_sum", "frontend"]
+    prefill = found["memserve:request_prefill_time_seconds_sum", "frontend"]
+    assert queue + prefill == found["memserve:time_to_first_token_seconds_sum", "frontend"] == 3
+    assert prefill == min(told.seconds if told else 0.0, 3.0)
+
+
+def test_f5_every_cached_token_is_counted_under_the_source_it_came_from(metrics: Metrics) -> None:
+    life = Timeline("r", on_gap=metrics.token_gap)
+    life.num_prompt_tokens = 100 + 40
+    life.token(0, 0, event(0, cached=90, prefilled=Prefilled(0.0, 10, 20, 30)))
+    life.token(0, 1, event(0, cached=80, prefilled=Prefilled(0.0, 8, 0, 32)))  # reused less
+    life.token(1, 2, event(0, cached=16, prefilled=Prefilled(0.0, 0, 16, 0)))
+    life.stamp(Moment.FINISHED)
+    metrics.ended(life)
+    found = scrape(metrics)
+    name = "memserve:prompt_tokens_cached_by_source_total"
+    by_source = {s: found[name, "frontend", s] for s in ("device", "host", "p2p", "disk")}
+    assert by_source == {"device": 40, "host": 8, "p2p": 16, "disk": 32}
+    assert found["memserve:prompt_tokens_cached_total", "frontend"] == 96
+    name = "memserve:prompt_tokens_by_source_total"
+    assert found[name, "frontend", "local_compute"] == 140 - 96
+    assert found[name, "frontend", "local_cache_hit"] == 48
+    assert found[name, "frontend", "external_kv_transfer"] == 48
+
+
+def test_a_request_that_never_got_a_token_has_no_sources(metrics: Metrics) -> None:
+    life = Timeline("r", on_gap=metrics.token_gap)
+    life.num_prompt_tokens = 50
+    life.stamp(Moment.ABORTED)
+    metrics.ended(life)
+    found = scrape(metrics)
+    assert found["memserve:prompt_tokens_total", "frontend"] == 50
+    assert found["memserve:prompt_tokens_by_source_total", "frontend", "local_compute"] == 0
+    assert found["memserve:request_queue_time_seconds_count", "frontend"] == 0

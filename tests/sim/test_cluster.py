@@ -180,3 +180,31 @@ class Watched(SimulatedCluster):
             assert used <= instance.num_blocks[0]
             assert instance.cache.num_free >= 0
         super()._send(*arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("layout", ["1M", "2M", "1P1D"])
+def test_past_saturation_more_keep_the_objective_if_others_are_turned_away(layout: str) -> None:
+    slo = 0.25
+    kept, turned_away = {}, {}
+    for admission in ("none", "reject"):
+        config = scheduler_config(
+            routing_policy="cost", slo_ttft=slo, slo_admission=admission, elastic_roles=True
+        )
+        dialogues = [single(number * 0.02, number, 300, 4) for number in range(300)]
+        machine = profile(max_num_batched_tokens=64)
+        cluster = SimulatedCluster(setting(layout, machine, config=config), iter(dialogues))
+        outcomes = cluster.run()
+        kept[admission] = outcomes.num_kept(slo, None)
+        turned_away[admission] = outcomes.num_rejected
+        assert len(outcomes.requests) + outcomes.num_rejected == 300
+        assert problems(cluster) == []
+    assert turned_away["none"] == 0
+    assert turned_away["reject"] > 50
+    assert kept["reject"] > 2 * kept["none"]
+
+
+def test_below_saturation_nobody_is_turned_away() -> None:
+    config = scheduler_config(routing_policy="cost", slo_ttft=0.3, slo_admission="reject")
+    dialogues = [single(number * 0.2, number, 300, 4) for number in range(100)]
+    cluster = SimulatedCluster(setting("1M", profile(), config=config), iter(dialogues))
+    assert cluster.run().num_rejected == 0

@@ -39,6 +39,7 @@ from memserve.pool.refs import ArenaLayout, Encoding, Tier
 from memserve.pool.space import BlockSpace
 from memserve.scheduler.interface import Ask, Placement, Role, SchedulerConfig
 from memserve.scheduler.scheduler import Scheduler
+from memserve.stats import EngineStats
 from memserve.workers import calibration
 from memserve.workers.engine import Engine
 from memserve.workers.link import Link
@@ -461,8 +462,6 @@ async def assert_all_home(cluster: Cluster) -> None:
 
 
 def at_rest(stats: object) -> bool:
-    from memserve.messages import EngineStats
-
     assert isinstance(stats, EngineStats)
     assert stats.hbm is not None
     held = [stats.num_running, stats.num_waiting, stats.num_incoming]

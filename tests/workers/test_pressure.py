@@ -14,7 +14,6 @@ from memserve.errors import InvalidRequest, OutOfBlocks, Overloaded
 from memserve.messages import (
     Abort,
     Declined,
-    EngineStats,
     Expect,
     PoolCall,
     Published,
@@ -28,6 +27,7 @@ from memserve.pool.pending import Swap
 from memserve.pool.refs import Kind, Tier
 from memserve.pool.remote import Allocate
 from memserve.scheduler.interface import Role
+from memserve.stats import EngineStats
 from tests.workers.by_hand import HandEngine, engines
 from tests.workers.rig import (
     BLOCK_SIZE,

@@ -9,8 +9,8 @@ import dataclasses
 import pytest
 
 from memserve.cluster.cluster import Cluster
-from memserve.messages import EngineStats
 from memserve.scheduler.interface import ContextCaching, FetchPolicy, Role
+from memserve.stats import EngineStats
 from tests.workers.rig import (
     BLOCK_SIZE,
     PLAIN,

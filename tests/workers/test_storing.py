@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from memserve.messages import DiskStats, ResetPrefixCache
+from memserve.messages import ResetPrefixCache
+from memserve.stats import DiskStats
 from memserve.workers import storing
 from memserve.workers.storing import DiskStore
 from tests.workers.by_hand import HandEngine, engines

@@ -6,10 +6,10 @@ import random
 import pytest
 
 from memserve.cluster.cluster import Cluster
-from memserve.messages import EngineStats
 from memserve.pool.refs import Encoding
 from memserve.scheduler.interface import Role
 from memserve.scheduler.scheduler import Scheduler
+from memserve.stats import EngineStats
 from tests.workers.rig import (
     SHAPE,
     Crossing,

@@ -1,0 +1,46 @@
+"""The pool's calls, sent to instances over the channels that the launcher has to them.
+
+`memserve.pool.remote.RemotePool` speaks through this; each call ends with the instance's answer or,
+if the instance has gone, with `ChannelClosed`. Does not look into what is called.
+"""
+
+from collections.abc import Mapping
+from typing import final
+
+from memserve.cluster.instance import Instance
+from memserve.cluster.questions import Questions
+from memserve.errors import ChannelClosed
+from memserve.messages import PoolCall
+from memserve.pool.remote import PoolReply, PoolRequest
+
+
+@final
+class PoolCalls:
+    """Calls instances by their number; implements `memserve.pool.remote.Control`."""
+
+    def __init__(self, instances: Mapping[int, Instance]) -> None:
+        self._instances = instances
+        self._questions: Questions[PoolReply] = Questions()
+
+    async def call(self, instance: int, request: PoolRequest) -> PoolReply:
+        """See `memserve.pool.remote.Control.call`."""
+        if instance not in self._instances:
+            raise ChannelClosed(f"there is no instance {instance}")
+        return await self._questions.ask(
+            self._instances[instance], lambda number: PoolCall(number, request)
+        )
+
+    def tell(self, instance: int, request: PoolRequest) -> None:
+        """See `memserve.pool.remote.Control.tell`."""
+        if instance in self._instances:
+            self._questions.tell(
+                self._instances[instance], lambda number: PoolCall(number, request)
+            )
+
+    def answer(self, number: int, reply: PoolReply) -> None:
+        """An instance has answered call `number`."""
+        self._questions.answer(number, reply)
+
+    def lose(self, instance: Instance) -> None:
+        """An instance won't answer any more."""
+        self._questions.lose(instance)
