@@ -117,9 +117,6 @@ FLAGS: tuple[Callable[[Callable[..., None]], Callable[..., None]], ...] = (
     click.option(
         "--held-out", is_flag=True, help="With --grid: cells that the policy was not tuned on."
     ),
-    click.option(
-        "--processes", type=click.IntRange(min=1), default=1, help="With --grid: at once."
-    ),
     click.option("--routing", is_flag=True, help="The routing table, after the paper's Fig 15."),
     click.option("--validate", type=FILE, help="Compare with a result of `memserve bench serve`."),
     click.option("--save-result", type=FILE, help="JSON file for the report."),
@@ -146,7 +143,6 @@ def simulate(
     picture: Path | None,
     grid: bool,
     held_out: bool,
-    processes: int,
     routing: bool,
     validate: Path | None,
     **values: Any,  # noqa: ANN401
@@ -170,7 +166,7 @@ def simulate(
     )
     if grid:
         cells = HELD_OUT if held_out else GRID
-        text, result = _grid(options, cells, processes)
+        text, result = _grid(options, cells)
     elif routing:
         text, result = _routing(options)
     elif validate is not None:
@@ -188,9 +184,7 @@ def simulate(
     click.echo(encoded.decode())
 
 
-def _grid(
-    options: SimulateOptions, cells: Sequence[Cell], num_processes: int
-) -> tuple[str, object]:
+def _grid(options: SimulateOptions, cells: Sequence[Cell]) -> tuple[str, object]:
     def progress(cell: CellResult) -> None:
         click.echo(f"{cell.cell}: cost {cell.cost / cell.best:.2f}", err=True)
 
@@ -198,7 +192,6 @@ def _grid(
         cells,
         num_requests=options.num_requests,
         seed=options.seed,
-        num_processes=num_processes,
         progress=progress,
     )
     return render_grid(report), report

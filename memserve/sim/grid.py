@@ -13,12 +13,8 @@ and an instance that only prefills stands idle where prompts are few (so all mix
 """
 
 import math
-import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import msgspec
 
@@ -211,23 +207,14 @@ def run_grid(
     num_requests: int = 300,
     seed: int = 0,
     profile: Profile | None = None,
-    num_processes: int = 1,
     progress: Callable[[CellResult], None] = lambda _: None,
 ) -> GridReport:
-    """Simulate every cell, each in one of `num_processes`; `progress` hears of them in their order."""
+    """Simulate every cell; `progress` hears of each."""
     machine = profile or builtin_profiles()["h100x4-70b"]
-    one = partial(run_cell, profile=machine, num_requests=num_requests, seed=seed)
     results = []
-    with ExitStack() as stack:
-        if num_processes > 1:
-            spawning = multiprocessing.get_context("spawn")
-            pool = ProcessPoolExecutor(num_processes, mp_context=spawning)
-            found: Iterator[CellResult] = stack.enter_context(pool).map(one, cells)
-        else:
-            found = map(one, cells)
-        for result in found:
-            results.append(result)
-            progress(result)
+    for cell in cells:
+        results.append(run_cell(cell, machine, num_requests, seed))
+        progress(results[-1])
     return GridReport(profile=machine.name, num_requests=num_requests, seed=seed, cells=results)
 
 

@@ -117,8 +117,17 @@ class Link:
         except ChannelClosed as error:
             logger.error("nothing more is read: %s", error)  # noqa: TRY400 - no fault of this side
         finally:
+            self._end_tasks()
             self._loop.close()
             self.inbox.put(Hangup())
+
+    def _end_tasks(self) -> None:
+        """What was begun while the last message was read: a call of `close` may have come then."""
+        tasks = asyncio.all_tasks(self._loop)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            self._loop.run_until_complete(asyncio.wait(tasks))
 
     async def _read(self) -> None:
         self._channel = await Channel.open(self._control, ToWorker)

@@ -51,16 +51,10 @@ def test_cost_is_never_worse_than_the_best_fixed_layout_of_two_instances() -> No
     assert max(found.shares().values()) < 1
 
 
-def test_cells_may_be_simulated_side_by_side() -> None:
-    cells = REDUCED[:2]
-    alone, beside = (run_grid(cells, num_requests=20, num_processes=n) for n in (1, 2))
-    assert alone == beside
-
-
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_cost_is_never_worse_than_the_best_fixed_layout_over_the_whole_grid() -> None:
-    reports = [run_grid(GRID, seed=seed, num_processes=2) for seed in (0, 1)]
+    reports = [run_grid(GRID, seed=seed) for seed in (0, 1)]
     for layout in reports[0].layouts:
         assert max(found.best_margins()[layout] for found in reports) >= MARGIN, layout
     for found in reports:
@@ -70,9 +64,9 @@ def test_cost_is_never_worse_than_the_best_fixed_layout_over_the_whole_grid() ->
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_cost_is_near_the_best_fixed_layout_in_cells_drawn_at_random() -> None:
-    found = run_grid(HELD_OUT, seed=1, num_processes=2)
+    found = run_grid(HELD_OUT, seed=1)
     # Near saturation, what is placed before the traffic is known costs up to 15 % of a short run.
     known = "random x 4, answers up to None; 5 instances"
     assert [name for name in found.failures() if not name.startswith(known)] == []

@@ -117,7 +117,7 @@ async def leave(house: House, number: int, random_: random.Random, phases: Count
             while not all(stream.closed for stream in streams):
                 if wanted in map(house.phase, streams):
                     break
-                await asyncio.sleep(0)
+                await asyncio.sleep(0.0001)  # the workers' threads want the interpreter too
         phases.update(map(house.phase, streams))
 
 
@@ -131,7 +131,7 @@ async def abort_many(house: House, number: int, phases: Counter[str]) -> None:
 @pytest.mark.parametrize(
     "number",
     [
-        600,
+        300,
         pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
     ],
 )
