@@ -7,7 +7,7 @@ tokens, not what is free now.
 from dataclasses import dataclass
 
 from memserve.errors import InvalidRequest
-from memserve.parallel.split import owners
+from memserve.parallel.work import group_work
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,14 +47,14 @@ class Capacity:
         """The same if as many workers as may be share the prompt."""
         if self.max_ranks < 2 or num_prompt_tokens > self.num_tokens * self.max_ranks:
             return self.num_tokens - num_prompt_tokens
-        owner = owners(
+        work = group_work(
             0,
             num_prompt_tokens,
             num_ranks=self.max_ranks,
             chunk_tokens=self.chunk_tokens,
             block_size=self.block_size,
         )
-        counts = [owner.count(rank) for rank in range(self.max_ranks)]
+        counts: list[int] = work.num_blocks.sum(axis=0).tolist()
         if max(counts) > self.num_blocks:
             return self.num_tokens - num_prompt_tokens
         return max(

@@ -143,8 +143,8 @@ class Groups:
         for number in group.plan.instances:
             self._instances[number].send(KeepBlocks(ticket))
         covered = self._scheduler.spread(ticket, tokens, group.work.cache_salt, group.refs)
-        for number in covered:
-            self._abort(number, self._kept.pop(number))
+        for other in covered:
+            self._abort(other, self._kept.pop(other))
         return True
 
     def dissolved(self, ticket: int) -> None:

@@ -48,11 +48,6 @@ class Returns:
         self._counts = counts
 
     @property
-    def num_failed(self) -> int:
-        """Refused, or not begun since too many were under way."""
-        return self._counts.num_failed_returns
-
-    @property
     def num_under_way(self) -> int:
         """Returns that have been started and have not ended."""
         return self._under_way.total()

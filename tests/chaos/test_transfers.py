@@ -111,7 +111,7 @@ async def test_c1_copies_that_hang_are_noticed_without_any_timer_of_the_handover
             await ask(cluster, number, [number, *range(20)])
         prefill, decode = await stats_of(cluster)
         assert (prefill.num_withdrawn, decode.num_declined, decode.num_handovers) == (0, 3, 0)
-        assert decode.num_pulls <= 2  # of the first prompt's two chunks
+        assert 1 <= decode.num_pulls <= 2  # of the first prompt's two chunks
         faults.release()
         await assert_well(cluster)
         await ask(cluster, 4, [4, *range(20)])

@@ -81,7 +81,7 @@ async def test_each_turn_of_a_dialogue_prefills_its_new_message_only(patient: bo
     if patient:
         assert prefill.num_returned_blocks > 0
         assert prefill.num_fetched_blocks == 0
-    assert cluster.returns.num_failed == 0
+    assert cluster.recoveries.num_failed_returns == 0
 
 
 async def run_design(design: ContextCaching) -> tuple[EngineStats, EngineStats]:
@@ -129,7 +129,7 @@ async def test_a_return_that_fails_costs_nobody_an_answer() -> None:
             *(turn(cluster, number, prompt, 16) for number, prompt in enumerate(prompts))
         )
         await settled(cluster)
-    assert cluster.returns.num_done + cluster.returns.num_failed > 0
+    assert cluster.returns.num_done + cluster.recoveries.num_failed_returns > 0
 
 
 async def test_nothing_comes_back_from_a_request_decoded_where_it_was_prefilled() -> None:
