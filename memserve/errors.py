@@ -16,6 +16,8 @@
     ├── PoolError
     │   ├── OutOfBlocks       an allocation can't be met now
     │   └── StaleReference    a block reference names a former life or former content
+    ├── DeviceError           a call of a GPU's runtime failed
+    │   └── OutOfDeviceMemory
     └── ChannelClosed         the process at the other end has gone
 
 Errors of other libraries are translated where they enter.
@@ -135,6 +137,14 @@ class OutOfBlocks(PoolError):
 
 class StaleReference(PoolError):
     """A block reference names an instance's former life or a block's former content."""
+
+
+class DeviceError(MemserveError):
+    """A call of a GPU's runtime failed; the GPU may be of no use to this process any more."""
+
+
+class OutOfDeviceMemory(DeviceError):
+    """The GPU has too little free memory."""
 
 
 class ChannelClosed(MemserveError):

@@ -33,6 +33,7 @@ from memserve.paths import cache_dir
 from memserve.pool.arena import Arena
 from memserve.pool.generations import load_native_blocks
 from memserve.pool.refs import ArenaLayout, Tier
+from memserve.pool.transfer.copiers import NativeCopier
 from memserve.pool.transfer.tiers import TierCopy
 from memserve.tokens import Tokenizer
 
@@ -183,7 +184,7 @@ class History:
         self.layout = hbm.layout
         self._model = model
         self._arena = hbm.tensor
-        self._tiers = TierCopy(hbm, dram, load_native_blocks())
+        self._tiers = TierCopy(hbm, dram, NativeCopier(load_native_blocks()))
         self._table = torch.arange(hbm.layout.num_blocks, dtype=torch.int32)[None]
 
     def compute(

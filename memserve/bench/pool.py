@@ -31,6 +31,7 @@ from memserve.pool.generations import NativeBlocks, load_native_blocks
 from memserve.pool.index import RadixIndex
 from memserve.pool.mempool import MemPool
 from memserve.pool.refs import ArenaLayout
+from memserve.pool.transfer.copiers import NativeCopier
 from memserve.pool.transfer.memfd import MemfdTransfer
 
 T = TypeVar("T")
@@ -223,7 +224,7 @@ def measure_moves(
     blocks = pool.alloc_mem(layout.num_blocks)
     refs = [pool.refs(blocks)[number] for number in shuffled[:count]]
     into = shuffled[count : 2 * count]
-    transfer = MemfdTransfer(destination, native)
+    transfer = MemfdTransfer(destination, NativeCopier(native))
     transfer.map(source.descriptor, source.fd)
     whole = np.ones(count * layout.block_bytes, dtype=np.uint8)
     target = np.zeros_like(whole)

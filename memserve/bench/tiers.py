@@ -33,6 +33,7 @@ from memserve.model.loading import load_model
 from memserve.pool.arena import Arena
 from memserve.pool.generations import NativeBlocks
 from memserve.pool.refs import ArenaLayout, Encoding, Tier
+from memserve.pool.transfer.copiers import NativeCopier
 from memserve.pool.transfer.tiers import TierCopy
 from memserve.workers.engine import Engine
 from memserve.workers.link import Link
@@ -89,7 +90,7 @@ def measure_swaps(
         for encoding in ENCODINGS:
             tier = layout.encoded(encoding)
             arenas.append(Arena(tier, instance=0, epoch=1, native=native, tier=Tier.DRAM))
-            copies[encoding] = TierCopy(hbm, arenas[-1], native)
+            copies[encoding] = TierCopy(hbm, arenas[-1], NativeCopier(native))
         for _ in range(rounds + 1):
             plain.append(_seconds(lambda: np.copyto(target, whole)))
             for encoding, copy in copies.items():

@@ -2,7 +2,8 @@
 
     [header, one page][generations, uint32 per block, whole pages][blocks, page-aligned]
 
-The header's page also holds the words of `memserve.pool.progress`.
+The blocks of an arena on a GPU lie there instead. The header's page also holds the words of
+`memserve.pool.progress`.
 
 Numbers are little-endian. No torch here.
 """
@@ -42,8 +43,11 @@ def blocks_offset(layout: ArenaLayout) -> int:
     return GENERATIONS_OFFSET + _whole_pages(4 * layout.num_blocks)
 
 
-def total_bytes(layout: ArenaLayout) -> int:
+def total_bytes(descriptor: ArenaDescriptor) -> int:
     """Size of the whole shared memory."""
+    layout = descriptor.layout
+    if descriptor.device is not None:
+        return blocks_offset(layout)
     return blocks_offset(layout) + _whole_pages(layout.num_blocks * layout.block_bytes)
 
 
@@ -56,7 +60,7 @@ def pack_header(descriptor: ArenaDescriptor) -> bytes:
         descriptor.instance,
         descriptor.epoch,
         descriptor.layout.digest(),
-        total_bytes(descriptor.layout),
+        total_bytes(descriptor),
     )
 
 
@@ -79,5 +83,5 @@ def check_header(header: bytes, descriptor: ArenaDescriptor) -> None:
             f"the arena of instance {instance} is of epoch {epoch}, "
             f"epoch {descriptor.epoch} was announced"
         )
-    if digest != descriptor.layout.digest() or size != total_bytes(descriptor.layout):
+    if digest != descriptor.layout.digest() or size != total_bytes(descriptor):
         raise PoolError(f"the arena of instance {instance} has another layout than announced")

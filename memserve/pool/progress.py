@@ -15,7 +15,7 @@ layers. Another word grows with every sign of life of the owner's engine.
 
 import ctypes
 from functools import lru_cache
-from typing import final
+from typing import TypeAlias, final
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,8 @@ from memserve.pool.header import (
 )
 
 LAYER_BITS = 16
+
+Words: TypeAlias = npt.NDArray[np.uint64]
 
 
 class NativeProgress:
@@ -59,9 +61,7 @@ def word(step: int, num_layers: int) -> int:
 class StepProgress:
     """The owner's side: `shared` is the word, in its arena's memory."""
 
-    def __init__(
-        self, shared: npt.NDArray[np.uint64], num_layers: int, native: NativeProgress
-    ) -> None:
+    def __init__(self, shared: Words, num_layers: int, native: NativeProgress) -> None:
         if num_layers >= 1 << LAYER_BITS:
             raise ValueError(f"{num_layers} layers can't be counted in {LAYER_BITS} bits")
         self._shared = shared  # keeps the memory mapped
@@ -109,8 +109,8 @@ class GroupProgress:
 
     def __init__(
         self,
-        slots: npt.NDArray[np.uint64],
-        alive: npt.NDArray[np.uint64],
+        slots: Words,
+        alive: Words,
         num_layers: int,
         native: NativeProgress,
     ) -> None:

@@ -121,6 +121,17 @@ class ArenaLayout(msgspec.Struct, frozen=True):
         return hashlib.blake2b(msgspec.json.encode(self), digest_size=16).digest()
 
 
+class DeviceMemory(msgspec.Struct, frozen=True):
+    """Where the blocks of an arena lie that is on a GPU, for other processes of the machine."""
+
+    gpu: str
+    """The GPU's UUID: its number may be another one in every process."""
+    handle: bytes
+    """CUDA's IPC handle of the memory, 64 bytes."""
+    readable: tuple[str, ...]
+    """UUIDs of the GPUs whose memory the arena's owner can read: its own, and peers of it."""
+
+
 class ArenaDescriptor(msgspec.Struct, frozen=True):
     """What a peer must know to map an arena; the file descriptor travels beside it."""
 
@@ -128,4 +139,5 @@ class ArenaDescriptor(msgspec.Struct, frozen=True):
     epoch: int
     tier: int
     layout: ArenaLayout
-    backend: Literal["memfd"] = "memfd"
+    device: DeviceMemory | None = None
+    """None: the blocks lie behind the file descriptor, as the generations always do."""

@@ -14,15 +14,19 @@ import msgspec
 
 from memserve.channel import receive_descriptor, send_descriptor
 from memserve.config import EngineConfig
-from memserve.errors import UsageError
+from memserve.errors import DeviceError, StaleReference, UsageError
 from memserve.messages import MapPeer, ReleasePeer
-from memserve.pool.arena import Arena
+from memserve.pool.arena import AnyArena, Arena
+from memserve.pool.cuda_arena import CudaArena
+from memserve.pool.cuda_runtime import Cuda
 from memserve.pool.disk import BlockFiles
 from memserve.pool.generations import NativeBlocks, load_native_blocks
 from memserve.pool.mempool import MemPool
 from memserve.pool.progress import GroupProgress, StepProgress, load_native_progress
 from memserve.pool.refs import ArenaDescriptor, ArenaLayout, Encoding, Tier
 from memserve.pool.space import BlockSpace
+from memserve.pool.transfer.copiers import BlockCopier, NativeCopier
+from memserve.pool.transfer.cuda_ipc import CudaCopier
 from memserve.pool.transfer.memfd import MemfdTransfer
 from memserve.pool.transfer.own import OwnCopy
 from memserve.pool.transfer.tiers import TierCopy
@@ -35,7 +39,10 @@ logger = logging.getLogger(__name__)
 
 
 class WorkerMemory:
-    """Arenas of one instance for blocks of `shape`, whose num_blocks says nothing."""
+    """Arenas of one instance for blocks of `shape`, whose num_blocks says nothing.
+
+    With `cuda`, HBM is on that GPU; then no other instance's blocks can be read in place.
+    """
 
     def __init__(
         self,
@@ -45,41 +52,49 @@ class WorkerMemory:
         instance: int,
         epoch: int,
         inbox: "queue.SimpleQueue[Event]",
+        cuda: Cuda | None = None,
     ) -> None:
         native = load_native_blocks()
         progress = load_native_progress()
         if config.transfer_granularity == "layer" and (native is None or progress is None):
             raise UsageError("--transfer-granularity layer needs a C compiler on this machine")
+        copier: BlockCopier = NativeCopier(native) if cuda is None else CudaCopier(cuda, native)
 
-        def arena(tier: Tier, num_bytes: int, encoding: Encoding = "plain") -> Arena:
-            one = shape.encoded(encoding)
-            layout = msgspec.structs.replace(one, num_blocks=num_bytes // one.block_bytes)
+        def host_arena(tier: Tier, num_bytes: int, encoding: Encoding = "plain") -> Arena:
+            layout = _of_size(shape.encoded(encoding), num_bytes)
             return Arena(layout, instance=instance, epoch=epoch, native=native, tier=tier)
 
-        self.hbm = arena(Tier.HBM, config.kv_cache_bytes)
+        self.hbm: AnyArena
+        if cuda is None:
+            self.hbm = host_arena(Tier.HBM, config.kv_cache_bytes)
+        else:
+            layout = _of_size(shape, config.kv_cache_bytes)
+            self.hbm = CudaArena(layout, instance=instance, epoch=epoch, native=native, cuda=cuda)
         self.dram: Arena | None = None
         tiers: TierCopy | None = None
         if config.dram_cache_bytes:
-            self.dram = arena(Tier.DRAM, config.dram_cache_bytes, config.dram_cache_encoding)
-            tiers = TierCopy(self.hbm, self.dram, native)
+            self.dram = host_arena(Tier.DRAM, config.dram_cache_bytes, config.dram_cache_encoding)
+            tiers = TierCopy(self.hbm, self.dram, copier)
+            if cuda is not None:
+                _pin(cuda, self.dram)
         self.pool = MemPool(self.hbm.descriptor, self.hbm.generations, dram=self.dram)
         self.progress: StepProgress | None = None
         if progress is not None:
             self.progress = StepProgress(self.hbm.progress_word, shape.num_layers, progress)
         self.space: BlockSpace | None = None
         self.group_progress: GroupProgress | None = None
-        if native is not None and progress is not None:
+        if native is not None and progress is not None and cuda is None:
             self.space = BlockSpace(self.hbm, self.dram, native)
             self.group_progress = GroupProgress(
                 self.hbm.group_slots, self.hbm.alive_word, shape.num_layers, progress
             )
-        self._transfer = MemfdTransfer(self.hbm, native, dram=self.dram, progress=progress)
+        self._transfer = MemfdTransfer(self.hbm, copier, dram=self.dram, progress=progress)
         self.samples = Samples()
         self.store = self._open_files(config, native, inbox) if config.cache_dir else None
         self.copier = Copier(
             self._transfer, tiers, inbox, self.samples, patience=config.handover_timeout
         )
-        self._within = TierCopy(self.hbm, self.hbm, native)
+        self._within = TierCopy(self.hbm, self.hbm, copier)
 
     def _open_files(
         self,
@@ -131,6 +146,8 @@ class WorkerMemory:
         descriptor = receive_descriptor(connection)
         try:
             self._transfer.map(message.arena, descriptor)
+        except StaleReference as error:  # it has ended meanwhile, as the launcher will tell
+            logger.warning("a peer's arena is not mapped: %s", error)
         finally:
             os.close(descriptor)
         self._renumber(message.arena.instance)
@@ -155,5 +172,18 @@ class WorkerMemory:
             arena.close()
 
     @property
-    def _arenas(self) -> list[Arena]:
+    def _arenas(self) -> list[AnyArena]:
         return [self.hbm] if self.dram is None else [self.hbm, self.dram]
+
+
+def _of_size(one: ArenaLayout, num_bytes: int) -> ArenaLayout:
+    """As many such blocks as there is room for."""
+    return msgspec.structs.replace(one, num_blocks=num_bytes // one.block_bytes)
+
+
+def _pin(cuda: Cuda, arena: Arena) -> None:
+    """Keep host memory in place for the GPU's copies; without that they are slower."""
+    try:
+        cuda.pin(arena.address, arena.layout.num_blocks * arena.layout.block_bytes)
+    except DeviceError as error:
+        logger.warning("the DRAM tier can't be pinned, copies will be slower: %s", error)

@@ -13,7 +13,9 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from memserve.pool.arena import Arena
+from memserve.pool.arena import AnyArena, Arena
+from memserve.pool.cuda_arena import CudaArena
+from memserve.pool.cuda_runtime import Cuda
 from memserve.pool.generations import NativeBlocks, load_native_blocks
 from memserve.pool.mempool import MemPool
 from memserve.pool.refs import SCALE_BYTES, ArenaDescriptor, ArenaLayout, BlockRef, Tier
@@ -75,16 +77,26 @@ def peer(
         process.close()
 
 
-def _open(connection: socket.socket, layout: ArenaLayout) -> tuple[Arena, MemPool]:
-    tier = Tier.HBM if layout.encoding == "plain" else Tier.DRAM
-    arena = Arena(layout, instance=1, epoch=4, native=native_blocks(), tier=tier)
+def _open(
+    connection: socket.socket, layout: ArenaLayout, cuda: Callable[[], Cuda] | None
+) -> tuple[AnyArena, MemPool]:
+    """With `cuda`, the arena is on that GPU."""
+    native = native_blocks()
+    arena: AnyArena
+    if cuda is not None:
+        arena = CudaArena(layout, instance=1, epoch=4, native=native, cuda=cuda())
+    else:
+        tier = Tier.HBM if layout.encoding == "plain" else Tier.DRAM
+        arena = Arena(layout, instance=1, epoch=4, native=native, tier=tier)
     socket.send_fds(connection, [msgspec.msgpack.encode(arena.descriptor)], [arena.fd])
     return arena, MemPool(arena.descriptor, arena.generations)
 
 
-def publishes_full_blocks(connection: socket.socket, layout: ArenaLayout) -> None:
+def publishes_full_blocks(
+    connection: socket.socket, layout: ArenaLayout, cuda: Callable[[], Cuda] | None = None
+) -> None:
     """Fills and publishes all blocks; frees the first one when told to; ends when left alone."""
-    arena, pool = _open(connection, layout)
+    arena, pool = _open(connection, layout, cuda)
     blocks = pool.alloc_mem(layout.num_blocks)
     refs = pool.refs(blocks)
     for ref in refs:
@@ -95,9 +107,11 @@ def publishes_full_blocks(connection: socket.socket, layout: ArenaLayout) -> Non
         connection.send(b"freed")
 
 
-def recycles_blocks(connection: socket.socket, layout: ArenaLayout) -> None:
+def recycles_blocks(
+    connection: socket.socket, layout: ArenaLayout, cuda: Callable[[], Cuda] | None = None
+) -> None:
     """Fills, publishes and frees blocks as fast as it can, until its reader has gone."""
-    arena, pool = _open(connection, layout)
+    arena, pool = _open(connection, layout, cuda)
     connection.setblocking(False)
     pause = random.Random(0)
     with suppress(ConnectionError):

@@ -14,7 +14,7 @@ import torch
 
 from memserve.errors import UsageError
 from memserve.machine import available_memory
-from memserve.pool import arena as arena_module
+from memserve.pool import words as words_module
 from memserve.pool.arena import Arena
 from memserve.pool.header import blocks_offset
 from memserve.pool.refs import ArenaLayout, Tier
@@ -107,7 +107,7 @@ def test_memory_that_is_refused_at_the_last_moment_is_a_usage_error_too(
     def refuse(fd: int, size: int) -> mmap.mmap:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(arena_module, "_reserve", refuse)
+    monkeypatch.setattr(words_module, "_reserve", refuse)
     descriptors = len(os.listdir("/proc/self/fd"))
     with pytest.raises(UsageError, match="No space left"):
         Arena(SMALL, instance=0, epoch=1, native=None)

@@ -12,6 +12,7 @@ from memserve.pool.arena import Arena
 from memserve.pool.generations import load_native_blocks
 from memserve.pool.refs import ArenaLayout, BlockRef, Encoding, Tier
 from memserve.pool.space import BlockSpace
+from memserve.pool.transfer.copiers import NativeCopier
 from memserve.pool.transfer.memfd import MemfdTransfer
 
 LAYOUT = ArenaLayout(
@@ -28,7 +29,7 @@ class Rig:
         self.arenas: list[Arena] = []
         self.hbm, dram = self.arena(0), self.arena(0, tier=Tier.DRAM, num_blocks=3)
         self.space = BlockSpace(self.hbm, dram, self.native)
-        self.transfer = MemfdTransfer(self.hbm, self.native, dram=dram)
+        self.transfer = MemfdTransfer(self.hbm, NativeCopier(self.native), dram=dram)
 
     def arena(
         self,

@@ -23,6 +23,7 @@ from memserve.pool.int8 import block_from_int8, block_to_int8
 from memserve.pool.mempool import MemPool
 from memserve.pool.pending import Match, Swap
 from memserve.pool.refs import ArenaLayout, BlockRef, Encoding, Kind, Tier
+from memserve.pool.transfer.copiers import NativeCopier
 from memserve.pool.transfer.memfd import MemfdTransfer
 from memserve.pool.transfer.tiers import TierCopy
 from tests.pool.peer import native_blocks
@@ -82,8 +83,8 @@ class Instance:
         self.pool = MemPool(hbm.descriptor, hbm.generations, dram=dram)
         self.replica = Replica(BLOCK)
         self.pool.listen(self.replica.apply)
-        self.tier_copy = TierCopy(hbm, dram, native)
-        self.transfer = MemfdTransfer(hbm, native, dram=dram)
+        self.tier_copy = TierCopy(hbm, dram, NativeCopier(native))
+        self.transfer = MemfdTransfer(hbm, NativeCopier(native), dram=dram)
         self.requests: list[Request] = []
         self.matches: list[tuple[Match, list[float]]] = []
         self.swaps: list[tuple[Swap, bool]] = []

@@ -22,6 +22,7 @@ from memserve.pool.mempool import MemPool
 from memserve.pool.progress import load_native_progress
 from memserve.pool.refs import ArenaDescriptor, ArenaLayout, BlockRef, Encoding, Tier
 from memserve.pool.transfer import Transfer
+from memserve.pool.transfer.copiers import NativeCopier
 from memserve.pool.transfer.memfd import MemfdTransfer
 
 from .peer import (
@@ -58,7 +59,7 @@ def other() -> Iterator[Arena]:
 
 @pytest.fixture
 def transfer(arena: Arena) -> Transfer:
-    return MemfdTransfer(arena, native_blocks(), progress=load_native_progress())
+    return MemfdTransfer(arena, NativeCopier(native_blocks()), progress=load_native_progress())
 
 
 def filled(arena: Arena) -> tuple[MemPool, list[BlockRef]]:
@@ -150,7 +151,7 @@ def test_a_layer_that_can_not_be_read_is_refused_before_a_byte_is_touched(
         transfer.read_layer([refs[0], stale], [0, 1], 0)
     with pytest.raises(StaleReference):
         transfer.wait_for_layer(stale, 1, 0, seconds=0)
-    without = MemfdTransfer(arena, None)
+    without = MemfdTransfer(arena, NativeCopier(None))
     with pytest.raises(PoolError, match="compiled"):
         without.read_layer(refs[:1], [0], 0)
     with pytest.raises(PoolError, match="compiled"):
@@ -270,8 +271,8 @@ def test_without_a_compiler_only_leased_blocks_are_read_and_the_log_says_so_once
     caplog.set_level(logging.WARNING)
     other = Arena(SMALL, instance=1, epoch=4, native=None)
     pool, refs = filled(other)
-    transfer = MemfdTransfer(arena, None)
-    transfer.map(*MemfdTransfer(other, native_blocks()).export())
+    transfer = MemfdTransfer(arena, NativeCopier(None))
+    transfer.map(*MemfdTransfer(other, NativeCopier(native_blocks())).export())
     assert transfer.needs_lease
     with pytest.raises(PoolError, match="leased"):
         transfer.read(refs[:2], [0, 1])
@@ -290,7 +291,7 @@ def test_without_a_compiler_int8_blocks_are_read_under_a_lease() -> None:
     pool = MemPool(other.descriptor, other.generations)
     refs = pool.refs(pool.alloc_mem(2))
     values = [write_int8(other.tensor[ref.block].numpy(), ref, other.layout) for ref in refs]
-    transfer = MemfdTransfer(arena, None)
+    transfer = MemfdTransfer(arena, NativeCopier(None))
     transfer.map(other.descriptor, other.fd)
     pool.free_mem([refs[1].block])
     assert transfer.read(refs, [3, 0], leased=True) == [True, False]
@@ -313,10 +314,12 @@ def test_a_dram_tier_of_another_encoding_is_refused_and_says_which_flag_to_look_
         )
         for number, encoding in enumerate((own, theirs))
     )
-    transfer = MemfdTransfer(arena, native_blocks(), dram=mine)
+    transfer = MemfdTransfer(arena, NativeCopier(native_blocks()), dram=mine)
     with pytest.raises(PoolError, match=rf"as {theirs}, this one as {own}.*--dram-cache-dtype"):
         transfer.map(peers.descriptor, peers.fd)
-    MemfdTransfer(arena, native_blocks()).map(peers.descriptor, peers.fd)  # no DRAM of its own
+    MemfdTransfer(arena, NativeCopier(native_blocks())).map(
+        peers.descriptor, peers.fd
+    )  # no DRAM of its own
     for each in (mine, peers):
         each.close()
 
@@ -326,7 +329,7 @@ def test_one_layer_of_an_int8_block_is_refused(arena: Arena) -> None:
         SMALL.encoded("int8"), instance=1, epoch=4, native=native_blocks(), tier=Tier.DRAM
     )
     pool = MemPool(other.descriptor, other.generations)
-    transfer = MemfdTransfer(arena, native_blocks())
+    transfer = MemfdTransfer(arena, NativeCopier(native_blocks()))
     transfer.map(other.descriptor, other.fd)
     with pytest.raises(PoolError, match="whole"):
         transfer.read_layer(pool.refs(pool.alloc_mem(1)), [0], 1)
@@ -343,7 +346,7 @@ def pull_from_a_recycler(
     refused, and declared good though they were wrong.
     """
     arena = new_arena(layout.encoded("plain"))
-    transfer = MemfdTransfer(arena, copy)
+    transfer = MemfdTransfer(arena, NativeCopier(copy))
     right = refused = wrong = 0
     with peer(recycles_blocks, layout) as (connection, descriptor, fd, _):
         transfer.map(descriptor, fd)

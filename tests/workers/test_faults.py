@@ -263,8 +263,8 @@ def run(scenario: Scenario, point: int | str, *, aborts: bool, evict: bool) -> b
         scenario.prepare(source, receiver)
         copier = receiver.memory.copier
         assert copier._tiers is not None
-        copier._transfer._native = held  # type: ignore[assignment]
-        copier._tiers._native = held  # type: ignore[assignment]
+        for copies in (copier._transfer, copier._tiers):
+            copies._copier._native = held  # type: ignore[attr-defined]
         scenario.begin(source, receiver)
         receiver.step()
         ended = copier._thread.submit(held.stopped.set)

@@ -16,6 +16,7 @@ from memserve.pool.arena import Arena
 from memserve.pool.mempool import MemPool
 from memserve.pool.progress import NativeProgress, StepProgress, load_native_progress
 from memserve.pool.refs import ArenaLayout
+from memserve.pool.transfer.copiers import NativeCopier
 from memserve.pool.transfer.memfd import MemfdTransfer
 from memserve.scheduler.interface import Role
 from memserve.workers.copying import Copier
@@ -186,7 +187,7 @@ class Pair:
         self.target = Arena(LAYOUT, instance=0, epoch=1, native=native)
         self.pool = MemPool(self.source.descriptor, self.source.generations)
         self.progress = StepProgress(self.source.progress_word, NUM_LAYERS, native_progress())
-        transfer = MemfdTransfer(self.target, native, progress=native_progress())
+        transfer = MemfdTransfer(self.target, NativeCopier(native), progress=native_progress())
         transfer.map(self.source.descriptor, self.source.fd)
         self.inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self.copier = Copier(transfer, None, self.inbox, Samples(), patience=patience)

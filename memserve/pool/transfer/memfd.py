@@ -1,12 +1,10 @@
 """Reads of peers' arenas on the same machine, through read-only maps of their anonymous memory.
 
-One copy per block at memory speed, without a word to the owner; blocks go into an arena of another
-encoding converted. The second look at a block's
-generation needs the compiled copy (`memserve/native/blocks.c`); without it only leased reads are
-allowed. No torch here.
+Without a word to the owner; a `BlockCopier` moves the bytes, and maps those that lie on a GPU. The
+second look at a block's generation needs the compiled copy (`memserve/native/blocks.c`); without it
+only leased reads are allowed. No torch here.
 """
 
-import ctypes
 import fcntl
 import logging
 import mmap
@@ -17,7 +15,7 @@ from typing import Protocol, final
 import numpy as np
 
 from memserve.errors import PoolError, StaleReference
-from memserve.pool.generations import GENERATION_MASK, NativeBlocks
+from memserve.pool.generations import GENERATION_MASK
 from memserve.pool.header import (
     GENERATIONS_OFFSET,
     PAGE_BYTES,
@@ -26,26 +24,24 @@ from memserve.pool.header import (
     check_header,
     total_bytes,
 )
-from memserve.pool.int8 import convert_blocks
 from memserve.pool.progress import NativeProgress, word
 from memserve.pool.refs import ArenaDescriptor, BlockRef, Tier
+from memserve.pool.transfer.copiers import BlockCopier, BlockMemory
 
 logger = logging.getLogger(__name__)
 
 
-class LocalArena(Protocol):
+class LocalArena(BlockMemory, Protocol):
     """What a transfer must know of the arena it copies into."""
 
-    descriptor: ArenaDescriptor
     fd: int
-    address: int
 
 
 class PeerArena:
     """A read-only map; it stays for as long as somebody refers to this object."""
 
-    def __init__(self, descriptor: ArenaDescriptor, fd: int) -> None:
-        size = total_bytes(descriptor.layout)
+    def __init__(self, descriptor: ArenaDescriptor, fd: int, copier: BlockCopier) -> None:
+        size = total_bytes(descriptor)
         try:
             sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
         except OSError as error:
@@ -67,7 +63,11 @@ class PeerArena:
             mapping, np.uint32, descriptor.layout.num_blocks, GENERATIONS_OFFSET
         )
         self.table_address = int(self._table.ctypes.data)
-        self.address = int(self._bytes.ctypes.data) + blocks_offset(descriptor.layout)
+        self._mapped = copier.map(descriptor)
+        if self._mapped is None:
+            self.address = int(self._bytes.ctypes.data) + blocks_offset(descriptor.layout)
+        else:
+            self.address = self._mapped.address
         self.header_address = int(self._bytes.ctypes.data)
         self.progress_address = self.header_address + PROGRESS_OFFSET
 
@@ -83,23 +83,23 @@ class MemfdTransfer:
     def __init__(
         self,
         arena: LocalArena,
-        native: NativeBlocks | None,
+        copier: BlockCopier,
         *,
         dram: LocalArena | None = None,
         progress: NativeProgress | None = None,
     ) -> None:
         self._arena = arena
         self._dram = dram
-        self._native = native
+        self._copier = copier
         self._progress = progress
         self._peers: dict[tuple[int, int], PeerArena] = {}  # by (instance, tier)
-        if native is None:
+        if not copier.verifies:
             logger.warning("no compiled block copy: peers' blocks are read under a lease only")
 
     @property
     def needs_lease(self) -> bool:
         """True where the copy that checks generations could not be compiled."""
-        return self._native is None
+        return not self._copier.verifies
 
     @property
     def block_bytes(self) -> int:
@@ -131,7 +131,7 @@ class MemfdTransfer:
             raise StaleReference(
                 f"instance {descriptor.instance} is at epoch {max(epochs)}, not {descriptor.epoch}"
             )
-        peer = PeerArena(descriptor, fd)
+        peer = PeerArena(descriptor, fd, self._copier)
         if any(epoch < descriptor.epoch for epoch in epochs):
             self.release(descriptor.instance)
         self._peers[descriptor.instance, descriptor.tier] = peer
@@ -172,14 +172,14 @@ class MemfdTransfer:
         arena = self._arena if tier is Tier.HBM else self._dram
         if arena is None:
             raise PoolError("there is no DRAM tier to read into")
-        if self._native is None and not leased:
+        if self.needs_lease and not leased:
             raise PoolError("without a compiled block copy only leased blocks can be read")
         return self._read(refs, into, arena, 0, arena.descriptor.layout.block_bytes)
 
     def read_layer(self, refs: Sequence[BlockRef], into: Sequence[int], layer: int) -> list[bool]:
         """See `Transfer.read_layer`."""
         layout = self._arena.descriptor.layout
-        if self._native is None:
+        if self.needs_lease:
             raise PoolError("without a compiled block copy no layer can be read alone")
         if not 0 <= layer < layout.num_layers:
             raise PoolError(f"a block has {layout.num_layers} layers, layer {layer} isn't one")
@@ -214,9 +214,11 @@ class MemfdTransfer:
             by_peer.setdefault(self._resolve(ref), []).append(i)
         ok = [False] * len(refs)
         for peer, places in by_peer.items():
-            chosen = [refs[i] for i in places]
+            blocks = [refs[i].block for i in places]
+            generations = [refs[i].generation for i in places]
             targets = [into[i] for i in places]
-            copied = self._copy(peer, chosen, arena, targets, offset, num_bytes)
+            part = (offset, num_bytes)
+            copied = self._copier.pull(peer, blocks, generations, arena, targets, part)
             for i, flag in zip(places, copied, strict=True):
                 ok[i] = flag
         return ok
@@ -231,43 +233,3 @@ class MemfdTransfer:
         if not 0 <= ref.generation <= GENERATION_MASK:
             raise StaleReference(f"{ref}: a generation has 32 bits")
         return peer
-
-    def _copy(
-        self,
-        peer: PeerArena,
-        refs: Sequence[BlockRef],
-        arena: LocalArena,
-        into: Sequence[int],
-        offset: int,
-        num_bytes: int,
-    ) -> list[bool]:
-        block_bytes = peer.descriptor.layout.block_bytes
-        blocks = [ref.block for ref in refs]
-        expected = np.array([ref.generation for ref in refs], dtype=np.uint32)
-        converts = peer.descriptor.layout.encoding != arena.descriptor.layout.encoding
-        if converts and num_bytes != arena.descriptor.layout.block_bytes:
-            raise PoolError("a block of another encoding is read whole")
-        if self._native is not None:
-            if converts:
-                verified = (peer.table_address, expected)
-                return convert_blocks(self._native, peer, blocks, arena, into, verified)
-            return self._native.copy(
-                arena.address + offset,
-                np.array(into, dtype=np.int64),
-                peer.address + offset,
-                np.array(blocks, dtype=np.int64),
-                peer.table_address,
-                expected,
-                block_bytes,
-                num_bytes,
-            )
-        if converts:
-            convert_blocks(None, peer, blocks, arena, into)
-        else:
-            for block, place in zip(blocks, into, strict=True):
-                ctypes.memmove(
-                    arena.address + offset + place * block_bytes,
-                    peer.address + offset + block * block_bytes,
-                    num_bytes,
-                )
-        return [peer.generation(ref.block) == ref.generation for ref in refs]
