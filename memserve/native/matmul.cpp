@@ -7,8 +7,9 @@
 //
 // With few rows the time is that of reading the weights, so the next ones are fetched while one is
 // computed. With many, as many rows are taken at a time as stay in the second-level cache beside
-// the weights that pass through it. Rows are read where they lie; only those that don't fill a tile
-// are copied, and filled up with zeros.
+// the weights that pass through it; a slab of a panel stays in the first-level cache for all of them,
+// and the rows pass it by. Rows are read where they lie; only those that don't fill a tile are
+// copied, and filled up with zeros.
 //
 // Where the compiler has no AMX the functions exist and `memserve_matmul_available` says no.
 #include <algorithm>
@@ -29,7 +30,7 @@ constexpr int64_t TILE_INPUTS = 32;
 constexpr int64_t TILE = TILE_ROWS * TILE_INPUTS;  // elements, 1 KiB
 constexpr int64_t PANEL = 2 * TILE_ROWS;           // outputs
 constexpr int64_t BLOCK = 2 * TILE_ROWS;           // rows multiplied at once
-constexpr int64_t GROUP = 2;                // panels whose outputs are written together
+constexpr int64_t SLAB = 18;                // input tiles of a panel at a time: 36 KiB
 constexpr int64_t LINE = 32;                // elements of a cache line
 constexpr int64_t AHEAD = 4096;             // elements, 8 KiB: how far a single block fetches ahead
 constexpr int64_t CACHED_ROWS = 1 << 19;    // elements: 1 MiB, half a second-level cache
@@ -68,41 +69,57 @@ struct Shapes {
     }
 };
 
-// sums [16 * ROW_TILES, 32] = rows times a panel. Fetches `ahead_lines` lines per 32 inputs: into
-// the first-level cache for a single block, which needs them soon, else into the second.
-template <int ROW_TILES, bool IS_SINGLE>
-inline void multiply(const Rows& rows, const bfloat16* panel, int64_t input_tiles,
-                     const bfloat16* ahead, int64_t ahead_lines, float* sums) {
-    _tile_zero(0);
-    _tile_zero(1);
-    if (ROW_TILES == 2) {
-        _tile_zero(2);
-        _tile_zero(3);
+// sums [16 * ROW_TILES, 32] = rows times `input_tiles` of a panel, or += . A panel that serves many
+// blocks stays in the first-level cache: rows then pass it by. `between` is called for every tile of
+// inputs; what it does hides behind the products.
+template <int ROW_TILES, bool IS_SINGLE, class Between>
+inline void multiply(const Rows& rows, const bfloat16* panel, int64_t input_tiles, bool add,
+                     float* sums, const Between& between) {
+    constexpr int64_t sum_stride = PANEL * sizeof(float);
+    float* const low = sums + TILE_ROWS * PANEL;
+    if (add) {
+        _tile_loadd(0, sums, sum_stride);
+        _tile_loadd(1, sums + TILE_ROWS, sum_stride);
+        if (ROW_TILES == 2) {
+            _tile_loadd(2, low, sum_stride);
+            _tile_loadd(3, low + TILE_ROWS, sum_stride);
+        }
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        if (ROW_TILES == 2) {
+            _tile_zero(2);
+            _tile_zero(3);
+        }
     }
     const bfloat16* x = rows.first;
     const int64_t stride = rows.row_stride * sizeof(bfloat16);
     for (int64_t i = 0; i < input_tiles; i++) {
-        for (int64_t line = 0; line < ahead_lines; line++, ahead += LINE)
-            _mm_prefetch(ahead, IS_SINGLE ? _MM_HINT_T0 : _MM_HINT_T1);
-        _tile_loadd(4, x, stride);
+        between();
+        if (IS_SINGLE)
+            _tile_loadd(4, x, stride);
+        else
+            _tile_stream_loadd(4, x, stride);
         _tile_loadd(6, panel, 64);
         _tile_dpbf16ps(0, 4, 6);
         _tile_loadd(7, panel + TILE, 64);
         _tile_dpbf16ps(1, 4, 7);
         if (ROW_TILES == 2) {
-            _tile_loadd(5, x + rows.tile_stride, stride);
+            if (IS_SINGLE)
+                _tile_loadd(5, x + rows.tile_stride, stride);
+            else
+                _tile_stream_loadd(5, x + rows.tile_stride, stride);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         }
         x += rows.input_stride;
         panel += 2 * TILE;
     }
-    constexpr int64_t sum_stride = PANEL * sizeof(float);
     _tile_stored(0, sums, sum_stride);
     _tile_stored(1, sums + TILE_ROWS, sum_stride);
     if (ROW_TILES == 2) {
-        _tile_stored(2, sums + TILE_ROWS * PANEL, sum_stride);
-        _tile_stored(3, sums + TILE_ROWS * PANEL + TILE_ROWS, sum_stride);
+        _tile_stored(2, low, sum_stride);
+        _tile_stored(3, low + TILE_ROWS, sum_stride);
     }
 }
 
@@ -134,6 +151,14 @@ inline void finish_gated(const Product& product, int64_t panel, int64_t row, con
                              (__m256i)_mm512_cvtneps_pbh((__m512)result));
 }
 
+// Rounds the sums of rows `begin` to `end`, the first of which is `sums`, into the target.
+template <bool GATED>
+inline void finish_rows(const Product& product, int64_t panel, int64_t begin, int64_t end,
+                        const float* sums) {
+    for (int64_t row = begin; row < end; row++, sums += PANEL)
+        (GATED ? finish_gated : finish)(product, panel, row, sums);
+}
+
 // Copies rows `begin` to `end`, 16 at most, into tiles, filled up with zeros.
 void copy_into_tiles(const Product& product, int64_t begin, int64_t end, bfloat16* target) {
     for (int64_t input = 0; input < product.num_inputs; input += TILE_INPUTS) {
@@ -145,19 +170,25 @@ void copy_into_tiles(const Product& product, int64_t begin, int64_t end, bfloat1
     }
 }
 
-// Where rows are copied to; kept, since fresh memory costs more than the copy.
-bfloat16* copied_rows(int64_t size) {
-    struct Free {
-        void operator()(bfloat16* p) const { ::operator delete[](p, std::align_val_t(64)); }
-    };
-    thread_local std::unique_ptr<bfloat16, Free> memory;
-    thread_local int64_t capacity = 0;
-    if (size > capacity) {
-        memory.reset(new (std::align_val_t(64)) bfloat16[size]);
-        capacity = size;
+// Memory that is kept, since fresh memory costs more than what is done with it.
+template <class T>
+class Kept {
+   public:
+    T* of(int64_t size) {
+        if (size > capacity_) {
+            memory_.reset(new (std::align_val_t(64)) T[size]);
+            capacity_ = size;
+        }
+        return memory_.get();
     }
-    return memory.get();
-}
+
+   private:
+    struct Free {
+        void operator()(T* p) const { ::operator delete[](p, std::align_val_t(64)); }
+    };
+    std::unique_ptr<T, Free> memory_;
+    int64_t capacity_ = 0;
+};
 
 // Rows `begin` to `end` of a product. The first `num_in_place` are read where they lie.
 struct Pass {
@@ -182,44 +213,78 @@ struct Pass {
         return {first, TILE_INPUTS, TILE, TILE_ROWS * width};
     }
 
-    // All rows by `count` panels, fetching the next weights from memory meanwhile.
-    template <bool GATED, bool IS_SINGLE>
-    void multiply_panels(int64_t first, int64_t count) const {
-        alignas(64) float sums[GROUP][BLOCK * PANEL];
-        const int64_t panel_size = PANEL * width;
-        const int64_t num_blocks = tiles(end - begin, BLOCK);
-        const int64_t ahead_lines = tiles(2 * TILE / LINE, num_blocks);
-        const bfloat16* weight = product.weight + first * panel_size;
-        const bfloat16* ahead = weight + (IS_SINGLE ? AHEAD : count * panel_size);
-        for (int64_t row = begin; row < end; row += BLOCK) {
-            const Rows rows = block(row);
-            const int64_t left = std::min(end - row, BLOCK);
-            for (int64_t p = 0; p < count; p++) {
-                const auto run =
-                    left > TILE_ROWS ? multiply<2, IS_SINGLE> : multiply<1, IS_SINGLE>;
-                run(rows, weight + p * panel_size, width / TILE_INPUTS, ahead + p * panel_size,
-                    ahead_lines, sums[p]);
-            }
-            for (int64_t r = 0; r < left; r++)
-                for (int64_t p = 0; p < count; p++)
-                    (GATED ? finish_gated : finish)(product, first + p, row + r,
-                                                    sums[p] + r * PANEL);
-            ahead += ahead_lines * width / TILE_INPUTS * LINE;
-        }
+    // A single block of rows by a panel.
+    template <bool GATED>
+    void multiply_block(int64_t panel) const {
+        alignas(64) float sums[BLOCK * PANEL];
+        const bfloat16* weight = product.weight + panel * PANEL * width;
+        const bfloat16* ahead = weight + AHEAD;
+        const auto fetch = [&] {
+            for (int64_t line = 0; line < 2 * TILE / LINE; line++, ahead += LINE)
+                _mm_prefetch(ahead, _MM_HINT_T0);
+        };
+        const auto run = end - begin > TILE_ROWS ? multiply<2, true, decltype(fetch)>
+                                                 : multiply<1, true, decltype(fetch)>;
+        run(block(begin), weight, width / TILE_INPUTS, false, sums, fetch);
+        finish_rows<GATED>(product, panel, begin, end, sums);
     }
 
-    // This thread's share of the panels. A group's outputs are neighbours in each row: writing
-    // them together halves the pages and cache sets that writes jump between.
+    // All blocks of rows by a slab of a panel: `count` input tiles from `first` on. The sums of the
+    // block before are finished, and the lines of the target that the next ones go to are fetched,
+    // while a block is multiplied. `sums` has a place for every block; without a later slab, two do.
+    template <bool GATED>
+    void multiply_slab(int64_t panel, int64_t first, int64_t count, float* sums) const {
+        const int64_t column = panel * (GATED ? TILE_ROWS : PANEL);
+        const bool is_last = (first + count) * TILE_INPUTS == width;
+        const bool is_only = is_last && first == 0;
+        const int64_t num_lines = tiles(2 * TILE / LINE, tiles(end - begin, BLOCK));
+        const int64_t pace = tiles(BLOCK, count);  // rows to finish meanwhile
+        const bfloat16* weight = product.weight + panel * PANEL * width + first * 2 * TILE;
+        const bfloat16* ahead = weight + count * 2 * TILE;
+        int64_t done = begin, done_before = begin;  // finished rows; those to be finished
+        const float* finished = nullptr;
+        const bfloat16* wanted = nullptr;
+        const auto meanwhile = [&] {
+            for (int64_t line = 0; line < num_lines; line++, ahead += LINE)
+                _mm_prefetch(ahead, _MM_HINT_T1);
+            const int64_t until = std::min(done + pace, done_before);
+            finish_rows<GATED>(product, panel, done, until, finished);
+            finished += (until - done) * PANEL;
+            done = until;
+            for (int64_t row = 0; is_last && row < pace; row++, wanted += product.num_outputs)
+                _mm_prefetch(wanted, _MM_HINT_ET0);
+        };
+        for (int64_t row = begin, number = 0; row < end; row += BLOCK, number++) {
+            float* target = sums + (is_only ? number % 2 : number) * BLOCK * PANEL;
+            Rows rows = block(row);
+            rows.first += first * rows.input_stride;
+            wanted = product.target + row * product.num_outputs + column;
+            multiply<2, false>(rows, weight, count, first > 0, target, meanwhile);
+            finish_rows<GATED>(product, panel, done, done_before, finished);
+            done = row;
+            done_before = is_last ? std::min(row + BLOCK, end) : row;
+            finished = target;
+        }
+        finish_rows<GATED>(product, panel, done, done_before, finished);
+    }
+
+    // This thread's share of the panels.
     template <bool GATED>
     void multiply_share(int64_t num_panels) const {
         const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
         const int64_t last = num_panels * (thread + 1) / threads;
         int64_t panel = num_panels * thread / threads;
-        if (end - begin <= BLOCK)
-            for (; panel < last; panel++) multiply_panels<GATED, true>(panel, 1);
-        else
-            for (; panel < last; panel += GROUP)
-                multiply_panels<GATED, false>(panel, std::min(GROUP, last - panel));
+        if (end - begin <= BLOCK) {
+            for (; panel < last; panel++) multiply_block<GATED>(panel);
+            return;
+        }
+        const int64_t input_tiles = width / TILE_INPUTS;
+        const int64_t slab = tiles(input_tiles, tiles(input_tiles, SLAB));
+        thread_local Kept<float> memory;
+        float* sums = memory.of(tiles(end - begin, BLOCK) * BLOCK * PANEL);
+        for (; panel < last; panel++)
+            for (int64_t first = 0; first < input_tiles; first += slab)
+                multiply_slab<GATED>(panel, first, std::min(slab, input_tiles - first), sums);
     }
 };
 
@@ -233,7 +298,9 @@ void multiply_all(const Product& product) {
     // Passes of equal size, in whole blocks.
     const int64_t num_passes = tiles(product.num_rows, std::max(CACHED_ROWS / width, BLOCK));
     const int64_t pass_rows = tiles(product.num_rows, num_passes * BLOCK) * BLOCK;
-    bfloat16* copied = is_small ? nullptr : copied_rows((is_aligned ? BLOCK : pass_rows) * width);
+    thread_local Kept<bfloat16> memory;
+    const int64_t num_copied = is_small ? 0 : is_aligned ? BLOCK : pass_rows;
+    bfloat16* copied = memory.of(num_copied * width);
     const int64_t work = product.num_rows * width * num_panels * PANEL;
 #pragma omp parallel if (work >= PARALLEL_FROM)
     {
