@@ -25,6 +25,9 @@ MAX_FRAME = 1 << 28
 MAX_ITEMS = 1 << 22
 """Of one list or map; a header of five bytes must not make us allocate gigabytes."""
 
+PLAIN = (bytes,)
+"""What MessagePack carries as it is; msgspec alone would make text of it, as for JSON."""
+
 T = TypeVar("T")
 
 
@@ -63,7 +66,7 @@ class Channel(Generic[T]):
         """Queue one message; never blocks. Raises `ChannelClosed` once the other end has gone."""
         if self.closing:
             raise ChannelClosed("the other process has closed the channel")
-        self._writer.write(msgpack.packb(msgspec.to_builtins(message)))
+        self._writer.write(msgpack.packb(msgspec.to_builtins(message, builtin_types=PLAIN)))
 
     async def batches(self) -> AsyncIterator[list[T]]:
         """Messages as they arrive, all that one read brought together; ends when the peer leaves.
@@ -83,7 +86,10 @@ class Channel(Generic[T]):
     def _unpack(self, data: bytes) -> list[T]:
         try:
             self._unpacker.feed(data)
-            return [msgspec.convert(item, self._incoming) for item in self._unpacker]
+            return [
+                msgspec.convert(item, self._incoming, builtin_types=PLAIN)
+                for item in self._unpacker
+            ]
         except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
             # msgspec's ValidationError is a ValueError, and so is most of msgpack's.
             raise ChannelClosed(

@@ -1,5 +1,6 @@
 """What the front end asks of the cluster, and what it gets back."""
 
+from array import array
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ class Generation:
     """
 
     request_id: str
-    prompt: list[int]
+    prompt: "array[int]"
+    """Of type code `i`: what the scheduler looks up and the workers are sent, byte by byte."""
     sampling: SamplingParams
     num_choices: int = 1
     cache_salt: str = ""

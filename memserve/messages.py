@@ -114,7 +114,8 @@ class Submit(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
 
     ticket: int
     choice: int
-    prompt: list[int]
+    prompt: bytes
+    """Native int32 tokens."""
     sampling: SamplingParams
     decode_on: int | None = None
     cache_salt: str = ""
@@ -137,7 +138,8 @@ class Expect(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
 
     ticket: int
     choice: int
-    prompt: list[int]
+    prompt: bytes
+    """As in `Submit`."""
     sampling: SamplingParams
     cache_salt: str = ""
     reuse: bool = True

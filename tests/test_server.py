@@ -362,12 +362,12 @@ async def test_the_next_turn_of_a_chat_holds_the_tokens_that_were_served(
             _, answer = await served.post(CHATS, body)
             texts = [choice["message"]["content"] for choice in answer["choices"]]
         assert texts == ["abcabc", "bcabc"]
-        first = generator.generations[0].prompt
+        first = generator.generations[0].prompt.tolist()
         for choice, text in enumerate(texts):
             answered = [{"role": "assistant", "content": text}, *CHAT["messages"]]
             await served.post(CHATS, {"messages": [*CHAT["messages"], *answered]})
             known = first + spelled[choice:]
-            assert generator.generations[-1].prompt[: len(known)] == known
+            assert generator.generations[-1].prompt.tolist()[: len(known)] == known
         async with served.http.get(served.url + "/metrics") as response:
             text = await response.text()
     assert re.search(r"memserve:chat_memo_queries_total{[^}]*} 2\.0", text)
@@ -406,7 +406,7 @@ async def test_sampling_fields_reach_the_generation(served: Served) -> None:
     assert status == 200
     generation = served.generator.generations[0]
     sampling = generation.sampling
-    assert generation.prompt == [2, 3, 4]
+    assert generation.prompt.tolist() == [2, 3, 4]
     assert generation.cache_salt == "tenant"
     assert (generation.priority, generation.tenant) == (-5, "tenant\0u")
     assert generation.num_choices == 2

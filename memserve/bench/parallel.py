@@ -16,6 +16,7 @@ import itertools
 import logging
 import statistics
 import time
+from array import array
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -137,10 +138,10 @@ class Prompts:
 
     def generation(self, num_tokens: int, max_tokens: int) -> Generation:
         """One request."""
-        prompt = self._random.integers(1000, LAST_TOKEN_ID, num_tokens).tolist()
+        prompt = self._random.integers(1000, LAST_TOKEN_ID, num_tokens, dtype=np.int32)
         return Generation(
             request_id=f"bench-{next(self._numbers)}",
-            prompt=prompt,
+            prompt=array("i", prompt.tobytes()),
             sampling=SamplingParams(
                 max_tokens=max_tokens, seed=0, temperature=0.0, ignore_eos=True
             ),

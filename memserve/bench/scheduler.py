@@ -10,6 +10,7 @@ import argparse
 import statistics
 import time
 import tracemalloc
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -95,9 +96,9 @@ class Teller:
                 instance, Role.MIXED, num_blocks=[1 << 20], block_bytes=1 << 20, epoch=1
             )
 
-    def document(self, num_tokens: int) -> list[int]:
-        """Tokens that nothing else begins with."""
-        return [int(token) for token in self._rng.integers(0, 1 << 17, num_tokens)]
+    def document(self, num_tokens: int) -> "array[int]":
+        """Tokens that nothing else begins with, packed as the front end packs them."""
+        return array("i", self._rng.integers(0, 1 << 17, num_tokens, dtype=np.int32).tobytes())
 
     def hold(self, instance: int, packed: bytes) -> int:
         """The instance keeps these tokens, which start a prompt; the number of blocks."""
@@ -137,7 +138,7 @@ def run(options: Options) -> SchedulerReport:
         num_told = teller.fill(options.num_blocks)
         insert = (time.thread_time() - start) / max(1, num_told) * 1e6
         shared = teller.document(LONGEST)
-        packed = np.array(shared[: LONGEST // 2], dtype=np.int32).tobytes()
+        packed = shared[: LONGEST // 2].tobytes()
         for instance in range(num_instances):
             teller.hold(instance, packed)
         decisions += [
@@ -152,7 +153,7 @@ def run(options: Options) -> SchedulerReport:
     )
 
 
-def _decide(teller: Teller, shared: list[int], num_tokens: int, rounds: int) -> Decision:
+def _decide(teller: Teller, shared: "array[int]", num_tokens: int, rounds: int) -> Decision:
     """Half of each prompt is held by everyone, the other half is new."""
     place, whole = [], []
     scheduler = teller.scheduler

@@ -22,6 +22,7 @@ from memserve.config import EngineConfig, ServeConfig
 from memserve.messages import Abort, SamplingParams, Submit
 from memserve.model.model import Model
 from memserve.pool.arena import Arena
+from memserve.pool.index import pack_tokens
 from memserve.pool.mempool import MemPool
 from memserve.workers.engine import Engine
 from memserve.workers.link import Link
@@ -123,7 +124,8 @@ class EngineSubject:
     def _submit(self, prompt: list[int], *, max_tokens: int) -> int:
         ticket = next(self._tickets)
         sampling = SamplingParams(max_tokens=max_tokens, seed=0, temperature=0.0, ignore_eos=True)
-        self._link.inbox.put(Submit(ticket=ticket, choice=0, prompt=prompt, sampling=sampling))
+        packed = pack_tokens(prompt)
+        self._link.inbox.put(Submit(ticket=ticket, choice=0, prompt=packed, sampling=sampling))
         return ticket
 
     def _discard_messages(self) -> None:

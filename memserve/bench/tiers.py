@@ -32,6 +32,7 @@ from memserve.messages import SamplingParams, Submit
 from memserve.model.loading import load_model
 from memserve.pool.arena import Arena
 from memserve.pool.generations import NativeBlocks
+from memserve.pool.index import pack_tokens
 from memserve.pool.refs import ArenaLayout, Encoding, Tier
 from memserve.pool.transfer.copiers import NativeCopier
 from memserve.pool.transfer.tiers import TierCopy
@@ -252,7 +253,8 @@ class TieredEngine:
         sampling = SamplingParams(max_tokens=1, seed=0, temperature=0.0, ignore_eos=True)
         before = self._num_found
         ticket = next(self._tickets)
-        self._link.inbox.put(Submit(ticket=ticket, choice=0, prompt=prompt, sampling=sampling))
+        packed = pack_tokens(prompt)
+        self._link.inbox.put(Submit(ticket=ticket, choice=0, prompt=packed, sampling=sampling))
         start = time.perf_counter()
         busy = self._engine.step()
         while (stats := self._engine.stats()).num_running or stats.num_waiting:

@@ -13,6 +13,7 @@ leader alone. Does not decide who forms a group, and does not send anything agai
 """
 
 import logging
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import final
@@ -43,9 +44,11 @@ class _Group:
     """All of the prompt's, once it has started."""
 
     @property
-    def tokens(self) -> list[int]:
+    def tokens(self) -> "array[int]":
         """What is prefilled."""
-        return [*self.work.prompt, *self.work.outputs]
+        tokens = array("i", self.work.prompt)
+        tokens.extend(self.work.outputs)
+        return tokens
 
 
 @final
@@ -94,7 +97,7 @@ class Groups:
         plan = group.plan
         owner = owners(
             len(plan.cached) * self._block_size,
-            len(group.work.prompt) + len(group.work.outputs),
+            len(group.tokens),
             num_ranks=len(plan.instances),
             chunk_tokens=plan.chunk_tokens,
             block_size=self._block_size,
@@ -132,9 +135,9 @@ class Groups:
         False if they are not to be kept; then the ranks have not been told anything.
         """
         group = self._groups.get(ticket)
-        tokens = group.tokens if group else []
         if group is None or not group.refs or not group.work.reuse:
             return False
+        tokens = group.tokens
         if len(tokens) < self._block_size:
             return False
         del self._groups[ticket]

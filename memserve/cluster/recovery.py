@@ -13,6 +13,7 @@ well beyond where it was, or ends, the request was not the cause.
 import dataclasses
 import logging
 import time
+from array import array
 from collections.abc import Callable, Mapping
 
 from memserve.cluster.instance import Instance
@@ -230,7 +231,7 @@ def ask_of(request: Request, answer: list[int], *, may_share: bool = True) -> As
     """What the scheduler is asked for a request with this answer so far."""
     generation = request.generation
     return Ask(
-        prompt=[*generation.prompt, *answer] if answer else generation.prompt,
+        prompt=generation.prompt + array("i", answer) if answer else generation.prompt,
         max_tokens=generation.sampling.max_tokens - len(answer),
         salt=generation.cache_salt,
         num_choices=1 if answer else generation.num_choices,

@@ -9,6 +9,7 @@ are and may have them fetched.
 """
 
 import logging
+from array import array
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -79,7 +80,7 @@ class Returns:
     async def _pull(self, stream: Stream) -> None:
         receiver, salt = stream.prefill.number, stream.generation.cache_salt
         # The last token was sampled and never computed: it has no KV.
-        tokens = [*stream.generation.prompt, *stream.answer[:-1]]
+        tokens = stream.generation.prompt + array("i", stream.answer[:-1])
         refs = self._scheduler.locate(stream.owner.number, tokens, salt)
         if len(refs) <= len(self._scheduler.locate(receiver, tokens, salt)):
             return

@@ -309,7 +309,7 @@ def expectation(stream: Stream) -> Expect:
     return Expect(
         ticket=stream.ticket,
         choice=stream.choice,
-        prompt=generation.prompt,
+        prompt=generation.prompt.tobytes(),
         sampling=generation.sampling,
         cache_salt=generation.cache_salt,
         reuse=stream.placement.reuse_decode,
@@ -324,7 +324,7 @@ def submission(stream: Stream) -> Submit:
     return Submit(
         ticket=stream.ticket,
         choice=stream.choice,
-        prompt=generation.prompt,
+        prompt=generation.prompt.tobytes(),
         sampling=generation.sampling,
         decode_on=None if stream.decode is stream.prefill else stream.decode.number,
         cache_salt=generation.cache_salt,

@@ -6,6 +6,7 @@ choice may be merged before they are sent, so a slow client costs no memory but 
 """
 
 import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from memserve.messages import TokenEvent
@@ -54,7 +55,7 @@ class Transcript:
         """More of the text that the client sees."""
         self._pieces.append(text)
 
-    def after(self, prompt: list[int]) -> tuple[str, list[int]] | None:
+    def after(self, prompt: Sequence[int]) -> tuple[str, list[int]] | None:
         """The shown text as it reads after `prompt`, and the tokens that decode to exactly that.
 
         A decoder may drop the space before a text's first word, which is there after a prompt. None
@@ -71,8 +72,9 @@ class Transcript:
         if not self._hidden.isdisjoint(tokens):
             return None
         head = tokens[: bisect.bisect_left(self._ends, 1) + 1]
-        alone, before = self._decode(head), self._decode(prompt[-CONTEXT_TOKENS:])
-        here = self._decode(prompt[-CONTEXT_TOKENS:] + head)
+        context = list(prompt[-CONTEXT_TOKENS:])
+        alone, before = self._decode(head), self._decode(context)
+        here = self._decode(context + head)
         if not (shown.startswith(alone) and here.startswith(before)):
             return None
         return here[len(before) :] + shown[len(alone) :], tokens

@@ -65,7 +65,7 @@ class ChatMemo:
                 self._num_bytes,
             )
 
-    def find(self, text: str, salt: str, tokenizer: Tokenizer) -> tuple[int, list[int]]:
+    def find(self, text: str, salt: str, tokenizer: Tokenizer) -> tuple[int, "array[int]"]:
         """The longest remembered text that `text` goes on from: its length and its tokens."""
         ends = [*tokenizer.boundaries(text), len(text)]
         with self._lock:
@@ -83,10 +83,10 @@ class ChatMemo:
                     self._tokens.move_to_end(key)
                     self._num_hits += 1
                     self._num_found += len(self._tokens[key])
-                    return key[0], self._tokens[key].tolist()
-        return 0, []
+                    return key[0], self._tokens[key][:]
+        return 0, array("i")
 
-    def keep(self, key: Key, tokens: list[int]) -> None:
+    def keep(self, key: Key, tokens: "array[int]") -> None:
         """Remember the tokens of a text, and forget others as room is needed."""
         size = ENTRY_BYTES + TOKEN_BYTES * len(tokens)
         if size > self._max_bytes:
@@ -94,7 +94,7 @@ class ChatMemo:
         with self._lock:
             if key in self._tokens:
                 self._forget(key)
-            self._tokens[key] = array("I", tokens)
+            self._tokens[key] = tokens
             self._num_by_length[key[0]] += 1
             self._num_bytes += size
             while self._num_bytes > self._max_bytes:
@@ -113,10 +113,10 @@ class Conversation:
     def __init__(
         self, text: str, salt: str, tokenizer: Tokenizer, memo: ChatMemo, *, has_answers: bool
     ) -> None:
-        known, tokens = memo.find(text, salt, tokenizer) if has_answers else (0, [])
+        known, tokens = memo.find(text, salt, tokenizer) if has_answers else (0, array("i"))
         rest = text[known:]
         if rest:
-            tokens += tokenizer.encode(rest, add_special_tokens=False)
+            tokens.extend(tokenizer.encode(rest, add_special_tokens=False))
         self.prompt = tokens
         self._memo = memo
         self._digest = _Digest(salt)
@@ -126,7 +126,7 @@ class Conversation:
         """Keep an answer: `answer` is exactly what `tokens` decode to after the prompt."""
         digest = self._digest.copy()
         digest.add(answer)
-        self._memo.keep(digest.key, self.prompt + tokens)
+        self._memo.keep(digest.key, self.prompt + array("i", tokens))
 
 
 class _Digest:

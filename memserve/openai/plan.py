@@ -6,6 +6,7 @@ thread. They raise `InvalidRequest` (400) and `NotFound` (404).
 """
 
 import re
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -25,6 +26,7 @@ from memserve.openai.requests import (
     TokenizeRequest,
     read_body,
 )
+from memserve.pool.index import pack_tokens
 from memserve.tokens import Tokenizer
 
 COMPLETION_MAX_TOKENS = 16
@@ -133,7 +135,7 @@ def plan_completion(body: bytes, model: ServedModel, caller: Caller) -> Plan:
         request,
         model,
         caller,
-        prompts=encoded,
+        prompts=[array("i", pack_tokens(token_ids)) for token_ids in encoded],
         max_tokens=request.max_tokens,
         logprobs=validation.completion_logprobs(request),
         echoed=_echoed(prompts, model.tokenizer) if request.echo else None,
@@ -149,7 +151,9 @@ def plan_chat(body: bytes, model: ServedModel, caller: Caller) -> Plan:
     text = render_conversation(conversation, model.tokenizer)
     talk = _conversation(request, text, model)
     prompt = (
-        model.tokenizer.encode(text, add_special_tokens=bool(request.add_special_tokens))
+        array(
+            "i", model.tokenizer.encode(text, add_special_tokens=bool(request.add_special_tokens))
+        )
         if talk is None
         else talk.prompt
     )
@@ -196,7 +200,7 @@ def _plan(
     model: ServedModel,
     caller: Caller,
     *,
-    prompts: list[list[int]],
+    prompts: list["array[int]"],
     max_tokens: int | None,
     logprobs: int | None,
     echoed: list[str] | None,
@@ -333,7 +337,7 @@ def _default_tokens(model: ServedModel, kind: str, num_prompt_tokens: int) -> in
     return max(1, model.answer_room(num_prompt_tokens))
 
 
-def _truncated(prompt: list[int], keep: int | None, max_model_len: int) -> list[int]:
+def _truncated(prompt: "array[int]", keep: int | None, max_model_len: int) -> "array[int]":
     """The last `keep` tokens; -1 keeps what the model can take."""
     if keep is None:
         return prompt

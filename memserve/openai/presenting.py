@@ -101,14 +101,15 @@ class CompletionPresenter:
         return usage if self._plan.include_usage else UNSET
 
     def _choice(self, delta: Delta) -> CompletionChoice:
-        text, prompt_ids = delta.text, None
+        text, with_ids = delta.text, self._plan.return_token_ids
+        prompt_ids: list[int] | UnsetType = UNSET
         if delta.index not in self._started:
             self._started.add(delta.index)
             prompt_index = delta.index // self._plan.num_choices
-            prompt_ids = self._plan.generations[prompt_index].prompt
+            if with_ids:
+                prompt_ids = self._plan.generations[prompt_index].prompt.tolist()
             if self._plan.echoed is not None:
                 text = self._plan.echoed[prompt_index] + text
-        with_ids = self._plan.return_token_ids
         return CompletionChoice(
             index=delta.index,
             text=text,
@@ -116,7 +117,7 @@ class CompletionPresenter:
             finish_reason=delta.finish_reason,
             stop_reason=delta.stop_reason,
             token_ids=[event.token for event in delta.events] if with_ids else UNSET,
-            prompt_token_ids=prompt_ids if with_ids and prompt_ids is not None else UNSET,
+            prompt_token_ids=prompt_ids,
         )
 
     def _logprobs(self, delta: Delta) -> CompletionLogprobs:
@@ -206,7 +207,9 @@ class ChatPresenter:
         )
 
     def _prompt_ids(self) -> list[int] | UnsetType:
-        return self._plan.generations[0].prompt if self._plan.return_token_ids else UNSET
+        if not self._plan.return_token_ids:
+            return UNSET
+        return self._plan.generations[0].prompt.tolist()
 
     def _token_ids(self, delta: Delta) -> list[int] | UnsetType:
         if not self._plan.return_token_ids:

@@ -104,8 +104,10 @@ class StepCosts:
 
     def rows(self, num_rows: Floats) -> Floats:
         """Seconds of the rows of one step; whole numbers of them."""
-        known = self._seconds_by_rows[np.minimum(num_rows, MOST_ROWS).astype(np.intp)]
-        seconds: Floats = known + self.high_row * np.maximum(num_rows - MOST_ROWS, 0.0)
+        index = num_rows.astype(np.intp)
+        seconds: Floats = self._seconds_by_rows.take(index, mode="clip")
+        if index.max(initial=0) > MOST_ROWS:
+            seconds = seconds + self.high_row * np.maximum(num_rows - MOST_ROWS, 0.0)
         return seconds
 
     @cached_property
@@ -125,7 +127,7 @@ class StepCosts:
         self, num_tokens: Floats, pairs: Floats, read: Floats, chunk: int
     ) -> tuple[Floats, Floats]:
         """Seconds and steps to prefill these tokens alone, in chunks of `chunk`; see `num_read`."""
-        num_full = np.floor(num_tokens / chunk)
+        num_full = num_tokens // chunk
         rest = num_tokens - num_full * chunk
         steps = num_full + (rest > 0)
         full_rows = float(self.rows(np.array(float(chunk))))

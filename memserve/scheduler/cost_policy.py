@@ -18,14 +18,12 @@ from numpy.typing import NDArray
 from memserve.scheduler.cost import CopyModel, StepModel
 from memserve.scheduler.groups import GroupChooser, Outlook
 from memserve.scheduler.interface import Ask, FetchPolicy, Prediction, SchedulerConfig
-from memserve.scheduler.layout_model import Split
+from memserve.scheduler.layout_model import Split, stall
 from memserve.scheduler.lengths import OutputLengths
 from memserve.scheduler.loads import Loads
 from memserve.scheduler.objectives import missed
 from memserve.scheduler.policies import Choice, Floats, Question
 from memserve.scheduler.waiting import State, behind, for_room, state_of
-
-MAX_PRESSURE = 0.9
 
 WORK_PRICE = 0.1
 """Seconds of delay to requests still to come that a second of computing is worth."""
@@ -39,7 +37,8 @@ class _Prefill:
     ttft: Floats
     harm: Floats
     num_fetched: Floats
-    source: NDArray[np.int64]
+    holders: tuple[int, int]
+    """Who has most to be fetched, and who has most of it for that one."""
 
 
 @dataclass(slots=True)
@@ -77,43 +76,40 @@ class LeastDelay:
         rows = loads.rows
         num_tokens = len(question.ask.prompt)
         length = self._lengths.remaining(0, question.ask.max_tokens)
-        state = self._state(loads)
         if self._config.elastic_roles:
-            self._follow(loads, question.now)
+            self.follow(loads, question.now)
+        state = self._state(loads, question.now)
         prefill = self._prefill(question, loads, state)
         decode = self._decode(question.ask, length, loads, state)
         prefills = self.takes_prompts(loads)
         decodes = rows["serves" if self._elastic else "decodes"]
-        if not prefills.any() or not decodes.any():
+        if not np.count_nonzero(prefills) or not np.count_nonzero(decodes):
             raise LookupError("no instance serves this role")
 
-        idle = (rows["num_queued"] + rows["num_decoding"] == 0).astype(float)
-        waking = idle * self._waking(loads, length, decode)
+        waking = self._waking(loads, state, length, decode)
         missing = np.maximum(0.0, num_tokens - question.kept)
         handover = self._handover(missing, rows["block_bytes"])
         at_prefill = prefill.ttft + prefill.harm + waking
-        pressure = self._pressure(loads, question.now)
-        later = decode.own * self._split.stall(loads, pressure)
-        at_decode = decode.own + decode.harm + waking + handover + self._interference(state)
-        at_decode += later + self._in_the_way(loads, question.now)
-        both = prefill.ttft + prefill.harm + decode.own + decode.harm + waking + later
-        both = np.where(prefills & decodes, both, np.inf)
+        later = decode.own * stall(loads, state.pressure)
+        here = decode.own + decode.harm + later
+        at_decode = here + waking + handover + self._interference(state)
+        at_decode += self._in_the_way(loads, state)
+        at_prefill = np.where(prefills, at_prefill, np.inf)
+        at_decode = np.where(decodes, at_decode, np.inf)
+        here = np.where(decodes, here, np.inf)
+        both = at_prefill + here
 
         best = int(np.argmin(both))
-        pair = self._best_pair(
-            np.where(prefills, at_prefill, np.inf), np.where(decodes, at_decode, np.inf)
-        )
-        if np.isfinite(both[best]):
-            best = loads.least(both, np.isfinite(both))
+        pair = self._best_pair(at_prefill, at_decode)
+        if both[best] < np.inf:
+            best = loads.least(both)
         if pair is None or both[best] <= at_prefill[pair[0]] + at_decode[pair[1]]:
             pair = (best, best)
         alone = self._choice(pair, prefill, decode, float(handover[pair[1]]))
         if not self._groups.possible(question, loads):
             return alone
         outlook = self._outlook(question, loads, state, prefills, waking)
-        outlook.decode = decode.own
-        outlook.here = np.where(decodes, decode.own + decode.harm + later, np.inf)
-        outlook.elsewhere = np.where(decodes, at_decode, np.inf)
+        outlook.decode, outlook.here, outlook.elsewhere = decode.own, here, at_decode
         cost = both[best] if pair[0] == pair[1] else at_prefill[pair[0]] + at_decode[pair[1]]
         return self._shared(question, loads, outlook, float(cost)) or alone
 
@@ -136,14 +132,13 @@ class LeastDelay:
     ) -> Outlook:
         """What a group depends on."""
         rows, nothing = loads.rows, np.zeros(len(loads))
-        idle = rows["num_queued"] + rows["num_decoding"] == 0
-        work_price, arrivals = self._prices(loads, question.now)
+        work_price, arrivals = self._prices(loads, state)
         return Outlook(
             speed=state.speed,
             step=state.step,
             beside=state.beside,
             wait=self._wait(loads, state, question.now),
-            cold=self._steps.costs.waking * state.speed * idle,
+            cold=self._steps.costs.waking * state.speed * state.idle,
             there=state.batch + np.minimum(rows["num_incoming"], rows["num_queued"]),
             rest=state.rest,
             prefills=prefills,
@@ -151,7 +146,7 @@ class LeastDelay:
             elsewhere=nothing,
             decode=nothing,
             waking=waking,
-            idle=idle.astype(float),
+            idle=state.idle.astype(float),
             work_price=work_price,
             arrivals=arrivals,
         )
@@ -167,98 +162,77 @@ class LeastDelay:
         p, d = pair
         ttft = float(prefill.ttft[p])
         jct = ttft + float(decode.own[d]) + (handover if p != d else 0.0)
-        source = int(prefill.source[p])
-        return Choice(
-            p,
-            d,
-            source if source >= 0 else None,
-            int(prefill.num_fetched[p]),
-            Prediction(ttft, jct, float(prefill.own[p])),
-        )
+        num_fetched = int(prefill.num_fetched[p])
+        source = prefill.holders[p == prefill.holders[0]] if num_fetched else None
+        return Choice(p, d, source, num_fetched, Prediction(ttft, jct, float(prefill.own[p])))
 
     def _best_pair(self, left: Floats, right: Floats) -> tuple[int, int] | None:
         """Different slots with the least sum."""
-        first = np.argsort(left, kind="stable")[:2]
-        second = np.argsort(right, kind="stable")[:2]
-        pairs = [(int(p), int(d)) for p in first for d in second if p != d]
+        pairs = [(p, d) for p in _two(left) for d in _two(right) if p != d]
         best = min(pairs, key=lambda pair: left[pair[0]] + right[pair[1]], default=None)
-        if best is None or not np.isfinite(left[best[0]] + right[best[1]]):
+        if best is None or left[best[0]] + right[best[1]] == np.inf:
             return None
         return best
 
-    def _state(self, loads: Loads) -> State:
-        return state_of(loads, self._steps, self._config.max_num_batched_tokens)
+    def _state(self, loads: Loads, now: float) -> State:
+        return state_of(loads, self._steps, self._config.max_num_batched_tokens, now)
 
     # Prefill
 
     def _prefill(self, question: Question, loads: Loads, state: State) -> _Prefill:
         rows, costs, speed = loads.rows, self._steps.costs, state.speed
-        num_tokens = len(question.ask.prompt)
+        num_tokens, cached = len(question.ask.prompt), question.cached
         chunk = max(1, self._config.max_num_batched_tokens)
-        cached = question.cached
         own, num_steps = costs.prefill(*_new(num_tokens, cached, chunk), chunk)
         own = own * speed + self._swap_in(question, rows["block_bytes"])
-        waking = costs.waking * speed * (rows["num_queued"] + rows["num_decoding"] == 0)
-        fetched, source = np.zeros(len(rows)), np.full(len(rows), -1)
-        if self._config.fetch_policy != "never" and len(rows) > 1:
-            longest, source = _longest_elsewhere(question.held)
-            gain = np.maximum(0.0, longest - cached)
-            block_size = self._config.block_size
-            copying = self._copies.seconds(gain / block_size * rows["block_bytes"])
-            reached = np.maximum(cached, longest)
-            rest, rest_steps = costs.prefill(*_new(num_tokens, reached, chunk), chunk)
+        longest, holders = _longest_elsewhere(question.held)
+        fetched = np.maximum(0.0, longest - cached)
+        if self._config.fetch_policy != "never" and np.count_nonzero(fetched):
+            copying = self._copies.seconds(fetched / self._config.block_size * rows["block_bytes"])
+            rest, rest_steps = costs.prefill(*_new(num_tokens, cached + fetched, chunk), chunk)
             with_fetch = rest * speed + copying
-            fetching = (gain > 0) & wanted(self._config.fetch_policy, with_fetch, own)
+            fetching = (fetched > 0) & wanted(self._config.fetch_policy, with_fetch, own)
             own = np.where(fetching, with_fetch, own)
             num_steps = np.where(fetching, rest_steps, num_steps)
-            fetched = np.where(fetching, gain, 0.0)
-            source = np.where(fetching, source, -1)
+            fetched = np.where(fetching, fetched, 0.0)
+        else:
+            fetched = np.zeros(len(rows))
 
-        own = own + waking
+        own = own + costs.waking * speed * state.idle
         ttft = self._wait(loads, state, question.now) + own + num_steps * state.beside
         # While the prompt is computed, others get their tokens at the pace of its chunks.
         delay = np.maximum(0.0, own + num_steps * (state.beside - state.step))
         # Who is computed before it here decodes here by then; who comes from elsewhere comes later.
         there = state.batch + np.minimum(rows["num_incoming"], rows["num_queued"])
         harm = there * delay * np.minimum(1.0, state.rest / np.maximum(num_steps, 1.0))
-        harm = harm + own * self._later_arrivals(loads, question.now, ttft)
+        work_price, arrivals = self._prices(loads, state)
+        harm = harm + own * (work_price + arrivals * ttft)
         if (slo := self._config.slo_ttft) is not None:
             harm = harm + missed(ttft, slo)
-        return _Prefill(own, ttft, harm, fetched, source)
+        return _Prefill(own, ttft, harm, fetched, holders)
 
-    def _later_arrivals(self, loads: Loads, now: float, ttft: Floats) -> Floats:
-        """How many requests yet to come will wait for a prefill that ends after `ttft`."""
-        work_price, arrivals = self._prices(loads, now)
-        waiting: Floats = work_price + arrivals * ttft
-        return waiting
-
-    def _prices(self, loads: Loads, now: float) -> tuple[float, float]:
-        """What a second of computing costs, and what it costs more for each second until it ends."""
-        rate = float((loads.rows["rate"] * loads.fading(now)).mean())
-        pressure = float(self._pressure(loads, now).mean())
+    def _prices(self, loads: Loads, state: State) -> tuple[float, float]:
+        """What a second of computing costs those still to come: this, and this times the TTFT."""
+        rate = float(loads.rows["rate"] @ state.fading) / len(loads)
+        pressure = float(state.pressure.sum()) / len(loads)
         return WORK_PRICE, rate / (1.0 - pressure)
 
-    def _in_the_way(self, loads: Loads, now: float) -> Floats:
+    def _in_the_way(self, loads: Loads, state: State) -> Floats:
         """Seconds of prefills that one who is handed over at some time finds on each slot.
 
         The mean wait of a queue with one server (Pollaczek and Khinchine). Who stays where it was
         prefilled comes right after its own prefill, when none has begun.
         """
-        residual = loads.rows["residual"] * loads.fading(now)
-        waiting: Floats = residual / (1.0 - self._pressure(loads, now))
+        waiting: Floats = loads.rows["residual"] * state.fading / (1.0 - state.pressure)
         return waiting
 
-    def _pressure(self, loads: Loads, now: float) -> Floats:
-        """The share of time that prefills take on each slot, if they go on as of late.
+    def follow(self, loads: Loads, now: float) -> bool:
+        """Find the split of the instances that the traffic of late asks for, if it is time.
 
-        Decoding there takes longer by as much. It is also what makes slots specialise: where
-        prompts go, answers are better not generated, and the other way round.
+        Whether there was any traffic to go by.
         """
-        measured = loads.rows["pressure"] * loads.fading(now)
-        pressure: Floats = np.minimum(MAX_PRESSURE, self._split.pressure(loads, measured))
-        return pressure
-
-    def _follow(self, loads: Loads, now: float) -> None:
+        if not self._split.due(now):
+            return self._split.known
         chunk = max(1, self._config.max_num_batched_tokens)
         self._split.follow(
             loads,
@@ -270,17 +244,18 @@ class LeastDelay:
                 self._handover(np.array([float(chunk)]), loads.rows["block_bytes"]).max()
             ),
         )
+        return self._split.known
 
     def wait(self, loads: Loads, now: float) -> Floats:
         """Seconds until a prompt that is sent now would begin to be computed."""
-        return self._wait(loads, self._state(loads), now)
+        return self._wait(loads, self._state(loads, now), now)
 
     def first_token(self, question: Question, loads: Loads, ahead: Floats) -> tuple[Floats, Floats]:
         """Seconds to a prompt's first token on each slot: with nobody there, and behind these.
 
         `ahead` is the queue before it, as `Loads.ahead` tells it.
         """
-        state = self._state(loads)
+        state = self._state(loads, question.now)
         prefill = self._prefill(question, loads, state)
         computing = prefill.ttft - self._wait(loads, state, question.now)
         chunk = max(1, self._config.max_num_batched_tokens)
@@ -295,6 +270,8 @@ class LeastDelay:
 
     def _swap_in(self, question: Question, block_bytes: Floats) -> Floats:
         """Seconds until the cached part that lies in slower memory is there."""
+        if not np.count_nonzero(question.slow):
+            return question.slow
         slow = np.minimum(question.slow, question.cached) / self._config.block_size
         return self._copies.seconds(slow * block_bytes)
 
@@ -302,24 +279,26 @@ class LeastDelay:
 
     def _decode(self, ask: Ask, length: float, loads: Loads, state: State) -> _Decode:
         rows, costs, speed, mean_rest = loads.rows, self._steps.costs, state.speed, state.rest
-        others = rows["num_decoding"] + rows["num_incoming"]
-        own_context = ask.num_choices * (len(ask.prompt) + length / 2)
-        before = costs.decoding(others, rows["context"]) * speed
-        after = costs.decoding(others + ask.num_choices, rows["context"] + own_context) * speed
+        others, context, more = (
+            rows["num_decoding"] + rows["num_incoming"],
+            rows["context"],
+            ask.num_choices,
+        )
+        own_context = more * (len(ask.prompt) + length / 2)
+        before, after = speed * costs.decoding(
+            np.array([others, others + more]), np.array([context, context + own_context])
+        )
         # Who shares a step with a shorter answer is slowed down only until that has ended.
         together = np.minimum(length, mean_rest)
         harm = others * (after - before) * together
-        alone = costs.decoding(
-            np.full(len(rows), float(ask.num_choices)), np.full(len(rows), own_context)
-        )
+        alone = costs.decoding(np.array(float(more)), np.array(own_context))
         own = after * together + (length - together) * np.minimum(alone * speed, after)
-        own = np.where(others > 0, own, after * length)
+        known = np.maximum(others, 1.0)
         full = np.maximum(
-            others + ask.num_choices - self._config.max_num_seqs,
-            (rows["context"] + own_context - rows["capacity"])
-            / np.maximum(rows["context"] / np.maximum(others, 1.0), 1.0),
+            others + more - self._config.max_num_seqs,
+            (context + own_context - rows["capacity"]) / np.maximum(context / known, 1.0),
         )
-        own = own + np.where(full > 0, full, 0.0) * before * mean_rest / np.maximum(others, 1.0)
+        own = own + np.maximum(full, 0.0) * before * mean_rest / known
         if (slo := self._config.slo_tpot) is not None:
             harm = harm + missed(after, slo) + others * (missed(after, slo) - missed(before, slo))
         return _Decode(own, after, harm)
@@ -346,14 +325,15 @@ class LeastDelay:
             last / self._config.block_size * block_bytes
         )
 
-    def _waking(self, loads: Loads, length: float, decode: _Decode) -> float:
+    def _waking(self, loads: Loads, state: State, length: float, decode: _Decode) -> Floats:
         """Seconds that one more busy instance costs those who share the device with it."""
         contention = self._steps.contention
         if not contention:
-            return 0.0
+            return np.zeros(len(loads))
         running = float(loads.rows["num_decoding"].sum() + loads.rows["num_queued"].sum())
         share = contention / self._steps.slowdown(loads.num_busy)
-        return running * share * length * float(decode.step.min(initial=0.0))
+        lost = running * share * length * float(decode.step.min(initial=0.0))
+        return np.where(state.idle, lost, 0.0)
 
 
 def wanted(policy: FetchPolicy, with_fetch: Floats, without: Floats) -> NDArray[np.bool_]:
@@ -371,12 +351,20 @@ def _new(num_tokens: int, cached: Floats, chunk: int) -> tuple[Floats, Floats, F
     return new, new * (cached + (new + 1) / 2), read
 
 
-def _longest_elsewhere(held: Floats) -> tuple[Floats, NDArray[np.int64]]:
-    """For each slot the most that another slot holds, and which."""
-    best = int(np.argmax(held))
+def _longest_elsewhere(held: Floats) -> tuple[Floats, tuple[int, int]]:
+    """For each slot the most that another slot holds: who holds the most, and for that one who."""
+    best = int(held.argmax())
     others = held.copy()
     others[best] = -1.0
-    second = int(np.argmax(others))
-    slots = np.arange(len(held))
-    source = np.where(slots == best, second, best)
-    return held[source], source
+    second = int(others.argmax())
+    longest = np.full(len(held), held[best])
+    longest[best] = others[second]
+    return longest, (best, second)
+
+
+def _two(values: Floats) -> tuple[int, int]:
+    """Where the two least are."""
+    least = int(values.argmin())
+    others = values.copy()
+    others[least] = np.inf
+    return least, int(others.argmin())

@@ -38,8 +38,8 @@ class Matches:
     """Leading blocks of a prompt by instance; who has none is left out."""
 
     held: dict[int, int] = field(default_factory=dict)
-    fast: dict[int, int] = field(default_factory=dict)
-    """Of those held, how many lie in the fastest tier."""
+    slow: dict[int, int] = field(default_factory=dict)
+    """Of those held, how many don't lie in the fastest tier; only where there are any."""
     expected: dict[int, int] = field(default_factory=dict)
     """Held now or as soon as the running tickets have computed them, where that is more."""
 
@@ -65,6 +65,8 @@ class GlobalPromptTree:
         self._stride = block_size * TOKEN_BYTES
         self._tree = RunTree(self._stride)
         self._sources: dict[int, _Source] = {}
+        self._tiered: set[int] = set()
+        """Instances that have held blocks in a slower tier."""
 
     def join(self, instance: int, epoch: int) -> None:
         """An instance is followed from now on; its index is empty."""
@@ -76,6 +78,7 @@ class GlobalPromptTree:
     def leave(self, instance: int) -> None:
         """An instance has gone."""
         self._tree.forget(instance)
+        self._tiered.discard(instance)
         del self._tree.tables[instance]
         del self._sources[instance]
 
@@ -88,20 +91,19 @@ class GlobalPromptTree:
     def match(self, packed: bytes, salt: str) -> Matches:
         """How much of a packed prompt every instance has."""
         found = Matches()
-        held, fast, expected = found.held, found.fast, found.expected
+        held, slow, expected = found.held, found.slow, found.expected
         for run, num_blocks in self._path(packed, salt):
             start = run.start
             for instance, refs in run.held.items():
-                if instance in fast:
-                    continue
-                count = min(len(refs), num_blocks)
                 if instance not in held:
-                    held[instance] = start + count
+                    held[instance] = start + min(len(refs), num_blocks)
+            for instance in self._tiered.intersection(run.held):
+                refs = run.held[instance]
+                count = min(len(refs), num_blocks)
                 # Along a path, blocks of the fastest tier come first.
-                if refs[count - 1] < SLOW:
-                    fast[instance] = start + count
-                elif refs[0] < SLOW:
-                    fast[instance] = start + bisect_left(refs, 1, 0, count, key=_is_slow)
+                if refs[count - 1] >= SLOW:
+                    num_fast = bisect_left(refs, 1, 0, count, key=_is_slow)
+                    slow[instance] = held[instance] - start - num_fast
             for instance in run.expected:
                 if instance not in expected:
                     expected[instance] = start + num_blocks
@@ -196,10 +198,14 @@ class GlobalPromptTree:
     def _apply(self, instance: int, event: IndexEvent) -> None:
         match event:
             case Inserted():
+                if event.tier:
+                    self._tiered.add(instance)
                 self._insert(instance, event)
             case Removed(tier, blocks):
                 self._remove(instance, tier, blocks)
             case Moved():
+                if event.tier:
+                    self._tiered.add(instance)
                 self._move(instance, event)
             case Cleared():
                 self._tree.forget(instance)

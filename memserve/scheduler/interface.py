@@ -1,5 +1,6 @@
 """What the scheduler is asked and what it answers. Values only; times are seconds."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
@@ -34,7 +35,8 @@ class Role(StrEnum):
 class Ask:
     """A request, as far as its place depends on it."""
 
-    prompt: list[int]
+    prompt: Sequence[int]
+    """An `array` of int32 needs no packing."""
     max_tokens: int
     salt: str = ""
     num_choices: int = 1

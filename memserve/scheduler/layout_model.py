@@ -6,8 +6,9 @@ instances had no prompts. So the split is found for the traffic as a whole, in i
 wait in a queue with several servers (Sakasegawa's approximation of M/G/c), a batch by Little's law,
 and prompt chunks that hold up who decodes beside them.
 
-`Split` remembers the split and says how much prefilling each slot is to expect. It binds nobody: it is
-what `cost` expects to happen there, and each request may still go elsewhere.
+`Split` marks who is to prefill; `expected_pressure` says how much prefilling each slot is to expect. It
+binds nobody under the policy `cost`, which only expects it to happen: each request may still go
+elsewhere. The roles that instances have follow the split (`planner`).
 """
 
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ NUM_ROUNDS = 40
 """Of the fixed point of batch and step time."""
 
 MAX_BATCH = 1e4
+MAX_PRESSURE = 0.9
+OVERLOADED = 1e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +87,8 @@ def expected_jct(
 ) -> Floats:
     """Mean JCTs, `[num]`: all mixed, then with 1, 2 … of the `num` instances for prefill alone.
 
-    Infinite where prompts or contexts (of `capacity` tokens an instance) would pile up.
+    Where prompts or contexts (of `capacity` tokens an instance) would pile up, `OVERLOADED` or more:
+    the more they would.
     """
     split = np.arange(num)
     mixed = split == 0
@@ -108,35 +112,44 @@ def expected_jct(
     wait = seen.residual / prefills / (1 - queue) * queue**pooling
     jct = wait + own * (1 + beside / chunk_seconds) + seen.answer * token
     jct += np.where(mixed, step / 2, handover)
-    bad = (busy >= 1.0) | (batch * seen.context > capacity)
-    return np.where(bad, np.inf, jct)
+    load = np.maximum(busy, batch * seen.context / capacity)
+    return np.where(load >= 1.0, OVERLOADED * load, jct)
+
+
+def expected_pressure(loads: Loads, fading: Floats) -> Floats:
+    """The share of time that prefills will take on each slot, given what they took of late."""
+    rows = loads.rows
+    pressure: Floats = rows["pressure"] * fading
+    num_special = np.count_nonzero(rows["special"])
+    if num_special:
+        pressure = np.where(rows["special"], pressure.sum() / num_special, 0.0)
+    return np.minimum(MAX_PRESSURE, pressure)
+
+
+def stall(loads: Loads, pressure: Floats) -> Floats:
+    """What prefills add to the time of decoding, as a share, where they take such a part of it.
+
+    They come to a slot that is for prefill whoever decodes there; others they avoid meanwhile.
+    """
+    if not np.count_nonzero(loads.rows["special"]):
+        return pressure
+    return np.where(loads.rows["special"], pressure / (1.0 - pressure), pressure)
 
 
 class Split:
-    """How many instances are for prefill alone, and which; none: all are mixed."""
+    """Finds how many instances are for prefill alone, and which; none: all are mixed.
+
+    They are marked in the rows, as `special`.
+    """
 
     def __init__(self) -> None:
-        self._prefills: frozenset[int] = frozenset()
-        self._due = 0.0
+        self._next = 0.0
+        self.known = False
+        """Whether there was any traffic to find a split for when it was last looked at."""
 
-    def pressure(self, loads: Loads, measured: Floats) -> Floats:
-        """The share of time that prefills will take on each slot, given what they took of late."""
-        special = self.special(loads)
-        if not special.any():
-            return measured
-        return np.where(special, measured.sum() / special.sum(), 0.0)
-
-    def stall(self, loads: Loads, pressure: Floats) -> Floats:
-        """What prefills add to the time of decoding, as a share, where they take such a part of it.
-
-        They come to a slot that is for prefill whoever decodes there; others they avoid meanwhile.
-        """
-        return np.where(self.special(loads), pressure / (1.0 - pressure), pressure)
-
-    def special(self, loads: Loads) -> NDArray[np.bool_]:
-        """The slots that are for prefill alone."""
-        found: NDArray[np.bool_] = np.isin(loads.rows["instance"], list(self._prefills))
-        return found & loads.rows["serves"].astype(np.bool_)
+    def due(self, now: float) -> bool:
+        """Whether it is time to look at the traffic again."""
+        return now >= self._next
 
     def follow(
         self,
@@ -148,15 +161,14 @@ class Split:
         chunk: int,
         handover: float,
     ) -> None:
-        """Look at the traffic again if it is time."""
-        if now < self._due:
-            return
-        self._due = now + INTERVAL
+        """Look at the traffic again."""
+        self._next = now + INTERVAL
         rows = loads.rows
         slots = np.flatnonzero(rows["serves"])
         seen = traffic(loads, now, slowdown)
+        self.known = len(slots) > 1 and seen is not None
         if len(slots) < 2 or seen is None:
-            self._prefills = frozenset()
+            rows["special"] = False
             return
         jct = expected_jct(
             seen,
@@ -167,20 +179,19 @@ class Split:
             capacity=float(rows["capacity"][slots].min()),
             handover=handover,
         )
-        before = int(self.special(loads).sum())
+        special = rows["special"]
+        before = int(np.count_nonzero(special))
         best = _choose(jct, before)
         if best != before:
             # Who prefills already goes on to; then those with the most of it.
-            kept = self.special(loads)[slots]
-            order = np.lexsort((-rows["pressure"][slots], ~kept))
-            self._prefills = frozenset(int(i) for i in rows["instance"][slots[order[:best]]])
+            order = np.lexsort((-rows["pressure"][slots], ~special[slots]))
+            special[:] = False
+            special[slots[order[:best]]] = True
 
 
 def _choose(jct: Floats, before: int) -> int:
     """The number of instances for prefill alone, given the expected JCTs and the number till now."""
     best = int(np.argmin(jct))
-    if not np.isfinite(jct[best]):
-        return before
     if jct[best] > (LEAVE if before else ENTER) * jct[0]:
         return 0
     return best if not before or jct[best] < CHANGE * jct[before] else before

@@ -5,6 +5,8 @@ estimate of survival). So where clients force lengths, as benchmarks do, answers
 reach their limits; where limits are generous, to end like those before.
 """
 
+from bisect import bisect_right
+
 import numpy as np
 
 GROWTH = 1.25
@@ -19,7 +21,7 @@ class OutputLengths:
 
     def __init__(self) -> None:
         edges = np.unique(np.floor(GROWTH ** np.arange(NUM_BUCKETS)).astype(int))
-        self._starts = edges  # bucket i: lengths in [starts[i], starts[i + 1])
+        self._starts: list[int] = edges.tolist()  # bucket i: [starts[i], starts[i + 1])
         self._ended = np.zeros(len(edges))
         self._sums = np.zeros(len(edges))  # of the lengths of those that ended
         self._cut = np.zeros(len(edges))
@@ -38,22 +40,23 @@ class OutputLengths:
 
     def remaining(self, num_so_far: int, max_tokens: int) -> float:
         """Tokens still to come, at least 1: the mean of longer answers, each cut at `max_tokens`."""
-        first = int(np.searchsorted(self._starts, num_so_far, side="right"))
-        ended, starts = self._ended[first:], self._starts[first:]
-        at_risk = np.cumsum((ended + self._cut[first:])[::-1])[::-1]
-        known = at_risk > 0
-        share = np.divide(ended, at_risk, out=np.zeros_like(ended), where=known)
-        lasting = np.cumprod(1.0 - share)
-        ending = np.concatenate([[1.0], lasting[:-1]]) * share
-        means = np.divide(self._sums[first:], ended, out=np.zeros_like(ended), where=ended > 0)
-        total = float((ending * np.minimum(means, max_tokens)).sum())
-        # Of answers longer than all that are known it is only known that they go on: as long again.
-        longest = max(num_so_far, int(starts[known][-1]) if known.any() else 0)
-        total += (float(lasting[-1]) if len(lasting) else 1.0) * min(2.0 * longest, max_tokens)
-        return max(1.0, min(total, max_tokens) - num_so_far)
+        first = bisect_right(self._starts, num_so_far)
+        at_risk = 0.0  # answers in this bucket and in longer ones
+        mean = min(2.0 * num_so_far, max_tokens)  # of answers that reach the bucket
+        ended, sums, cut = self._ended.tolist(), self._sums.tolist(), self._cut.tolist()
+        for i in range(len(self._starts) - 1, first - 1, -1):
+            if not ended[i] and not cut[i]:
+                continue
+            if not at_risk:
+                # Of the longest that are known it is only known that they went on: as long again.
+                mean = min(2.0 * self._starts[i], max_tokens)
+            at_risk += ended[i] + cut[i]
+            if ended[i]:
+                mean += ended[i] / at_risk * (min(sums[i] / ended[i], max_tokens) - mean)
+        return max(1.0, min(mean, max_tokens) - num_so_far)
 
     def _bucket(self, num_tokens: int) -> int:
-        return int(np.searchsorted(self._starts, num_tokens, side="right")) - 1
+        return bisect_right(self._starts, num_tokens) - 1
 
     def _note(self, num_tokens: int, weight: float) -> None:
         bucket = self._bucket(num_tokens)

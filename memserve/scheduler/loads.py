@@ -42,6 +42,7 @@ ROW = np.dtype(
         ("prompts", np.float64),  # tokens of those, per second
         ("cached", np.float64),  # and how many of them were not to be computed
         ("pressure_at", np.float64),
+        ("special", np.bool_),  # is to prefill, and nothing else, by the split of the traffic
         ("block_bytes", np.float64),
         ("scale", np.float64),
         ("chosen", np.int64),  # when it was last chosen, for ties
@@ -130,7 +131,8 @@ class Loads:
     def set_leaving(self, instance: int, *, leaving: bool = True) -> None:
         """Nothing may be sent there from now on; or it may again."""
         (self.leaving.add if leaving else self.leaving.discard)(instance)
-        self.rows["serves"][self.slot_by_instance[instance]] = not leaving
+        row = self.rows[self.slot_by_instance[instance]]
+        row["serves"], row["special"] = not leaving, False
         self._share_roles()
 
     def _share_roles(self) -> None:
@@ -167,14 +169,14 @@ class Loads:
         self._num_chosen += 1
         self.rows["chosen"][slot] = self._num_chosen
 
-    def least(self, weight: NDArray[np.float64], allowed: NDArray[np.bool_]) -> int:
-        """The slot of the least weight among those allowed; ties: the one chosen least recently.
+    def least(self, weight: NDArray[np.float64], allowed: NDArray[np.bool_] | None = None) -> int:
+        """The slot of the least finite weight among those allowed.
 
-        Raises `LookupError` if none is allowed.
+        Ties: the one chosen least recently. Raises `LookupError` if none is allowed.
         """
-        masked = np.where(allowed, weight, np.inf)
-        best = masked.min(initial=np.inf)
-        if not np.isfinite(best):
+        masked = weight if allowed is None else np.where(allowed, weight, np.inf)
+        best = float(masked.min(initial=np.inf))
+        if best == np.inf:
             raise LookupError("no instance serves this role")
         equal = np.flatnonzero(masked <= best + 1e-12)
         return int(equal[np.argmin(self.rows["chosen"][equal])])
@@ -209,7 +211,7 @@ class Loads:
             row["queued_tokens"] += ticket.num_new_tokens / len(ticket.prefill)
             row["queued_pairs"] += ticket.num_new_pairs / len(ticket.prefill)
             row["queued_read"] += ticket.num_new_read
-            fading = np.exp((row["pressure_at"] - now) / PRESSURE_SECONDS)
+            fading = math.exp((row["pressure_at"] - now) / PRESSURE_SECONDS)
             row["pressure"] = row["pressure"] * fading + prefill_seconds / PRESSURE_SECONDS
             seen = prefill_seconds**2 / 2 / PRESSURE_SECONDS
             row["residual"] = row["residual"] * fading + seen
@@ -227,9 +229,11 @@ class Loads:
     def first_token(self, ticket: Ticket, now: float) -> None:
         """The prompt is computed, and the ticket decodes."""
         self._leave_queue(ticket, now)
-        self._add_decoding(ticket, -1)
         ticket.first_token_at = max(now, 1e-9)
-        self._add_decoding(ticket, 1)
+        slot = self.slot_by_instance.get(ticket.decode)
+        if slot is not None:
+            self.rows["num_incoming"][slot] -= 1
+            self.rows["num_decoding"][slot] += 1
 
     def token(self, ticket: Ticket, lengths: OutputLengths) -> None:
         """One more token of the answer has come."""

@@ -1,97 +1,47 @@
-"""Elastic roles: which instance should change sides as the mix of load changes.
+"""Elastic roles: what the split of the traffic (`layout_model`) makes of each instance.
 
-Both sides are compared in the same unit, the seconds of delay that a request meets there: the wait
-before a prefill, and the time that decoding among others takes longer than decoding alone. When one
-side has been worse by far for a while, an instance of the other side begins to share its work;
-where all share already, one gives up the work of the side that has less of it.
+One thing decides: where the traffic is best served by instances for prefill alone, those are prefill
+and the others decode; where it isn't, all are mixed. A decision must have stood for a while before
+roles follow it, and there is a pause after each change. Without traffic nothing is known, so nothing
+changes; nor does a role that was set by hand, until there is another decision.
 
-One change at a time, with a pause after each. Nobody is ever the last to leave a side.
+A split leaves at least one instance on each side. Members that come or go make a new decision.
 """
-
-from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
 
 from memserve.scheduler.interface import Role
 from memserve.scheduler.loads import Loads
 
-RATIO = 2.0
-"""One side must be so many times worse than the other."""
-
-LEAST_DELAY = 0.5
-"""Seconds of delay that are worth a change."""
-
 PATIENCE = 3.0
-"""Seconds for which it must have been so."""
+"""Seconds for which a decision must have stood."""
 
 PAUSE = 5.0
 """Seconds between changes."""
 
-Floats = NDArray[np.float64]
-
-
-@dataclass(slots=True)
-class _Trend:
-    worse: str = ""
-    since: float = 0.0
-
 
 class RolePlanner:
-    """Remembers how long a side has been the worse one."""
+    """Remembers what was decided last, and for how long the split has said otherwise."""
 
     def __init__(self) -> None:
-        self._trend = _Trend()
-        self._changed_at = -PAUSE
+        self._decided: dict[int, Role] = {}
+        self._wanted: dict[int, Role] = {}
+        self._since = self._changed_at = -PAUSE
 
-    def plan(
-        self, loads: Loads, wait: Floats, crowding: Floats, now: float
-    ) -> list[tuple[int, Role]]:
-        """The change to make now, if any.
-
-        `wait` and `crowding` are seconds of delay in prefill and in decoding, by slot.
-        """
-        rows = loads.rows
-        prefill = _mean(wait, rows["prefills"])
-        decode = _mean(crowding, rows["decodes"])
-        worse = ""
-        if max(prefill, decode) >= LEAST_DELAY:
-            if prefill > RATIO * decode:
-                worse = "prefill"
-            elif decode > RATIO * prefill:
-                worse = "decode"
-        if worse != self._trend.worse:
-            self._trend = _Trend(worse, now)
-        if not worse or now - self._trend.since < PATIENCE or now - self._changed_at < PAUSE:
+    def plan(self, loads: Loads, now: float, *, known: bool) -> list[tuple[int, Role]]:
+        """The changes to make now; `known` says whether there is traffic to decide by."""
+        wanted = _wanted(loads) if known else self._decided
+        if wanted != self._wanted:
+            self._wanted, self._since = wanted, now
+        if wanted == self._decided or now < max(self._since + PATIENCE, self._changed_at + PAUSE):
             return []
-        change = self._change(loads, wait, crowding, worse)
-        if change is None:
-            return []
-        self._changed_at = self._trend.since = now
-        return [change]
-
-    def _change(
-        self, loads: Loads, wait: Floats, crowding: Floats, worse: str
-    ) -> tuple[int, Role] | None:
-        """Let the least busy of the other side help; else let one of those who share specialise."""
-        rows = loads.rows
-        if worse == "prefill":
-            helpers, other = rows["serves"] & ~rows["prefills"], rows["decodes"]
-            busy, special = crowding, Role.PREFILL
-        else:
-            helpers, other = rows["serves"] & ~rows["decodes"], rows["prefills"]
-            busy, special = wait, Role.DECODE
-        if helpers.any():
-            return int(rows["instance"][_least(busy, helpers)]), Role.MIXED
-        shared = rows["prefills"] & rows["decodes"]
-        if not shared.any() or np.count_nonzero(other) < 2:
-            return None
-        return int(rows["instance"][_least(busy, shared)]), special
+        self._decided, self._changed_at = wanted, now
+        return [
+            (number, role) for number, role in wanted.items() if loads.roles[number] is not role
+        ]
 
 
-def _mean(delays: Floats, members: NDArray[np.bool_]) -> float:
-    return float(delays[members].mean()) if members.any() else 0.0
-
-
-def _least(busy: Floats, allowed: NDArray[np.bool_]) -> int:
-    return int(np.argmin(np.where(allowed, busy, np.inf)))
+def _wanted(loads: Loads) -> dict[int, Role]:
+    """The roles of all that serve, by the split."""
+    rows = loads.rows[loads.rows["serves"]]
+    if not rows["special"].any():
+        return {int(number): Role.MIXED for number in rows["instance"]}
+    return {int(row["instance"]): Role.PREFILL if row["special"] else Role.DECODE for row in rows}

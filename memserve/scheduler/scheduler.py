@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from memserve.messages import CopySample, IndexEvents, StepSample
-from memserve.pool.index import TOKEN_BYTES, pack_tokens
+from memserve.pool.index import TOKEN_BYTES, Tokens, pack_tokens
 from memserve.pool.refs import BlockRef
 from memserve.scheduler.cost import CopyModel, StepModel, num_pairs, num_read
 from memserve.scheduler.cost_policy import LeastDelay
@@ -62,7 +62,7 @@ class Scheduler:
         self._policy = make_policy(
             config.routing_policy, self._delays, config.block_size * TOKEN_BYTES
         )
-        self._packed: tuple[list[int], bytes] = ([], b"")
+        self._packed: tuple[Sequence[int], bytes] = ([], b"")
 
     # Members
 
@@ -259,7 +259,7 @@ class Scheduler:
         """An instance's cache is empty."""
         self._tree.forget(instance)
 
-    def spread(self, ticket: int, tokens: list[int], salt: str, refs: list[BlockRef]) -> list[int]:
+    def spread(self, ticket: int, tokens: Tokens, salt: str, refs: list[BlockRef]) -> list[int]:
         """A group keeps a prompt's blocks under a ticket; the tickets that this makes superfluous."""
         return self._spread.add(ticket, pack_tokens(tokens), salt, refs)
 
@@ -267,7 +267,7 @@ class Scheduler:
         """A spread prompt is not kept any more; unknown ones are ignored."""
         self._spread.remove(ticket)
 
-    def locate(self, instance: int, tokens: list[int], salt: str) -> list[BlockRef]:
+    def locate(self, instance: int, tokens: Tokens, salt: str) -> list[BlockRef]:
         """What an instance holds of the whole blocks of `tokens`, in order, on any tier."""
         return self._tree.locate(instance, pack_tokens(tokens), salt)
 
@@ -305,9 +305,8 @@ class Scheduler:
         """Roles that should change now; the caller applies them with `set_role`."""
         if not self._config.elastic_roles or len(self._loads) < 2:
             return []
-        wait = self._delays.wait(self._loads, now)
-        crowding = self._delays.crowding(self._loads)
-        changes = self._planner.plan(self._loads, wait, crowding, now)
+        known = self._delays.follow(self._loads, now)
+        changes = self._planner.plan(self._loads, now, known=known)
         self.counters.num_role_changes += len(changes)
         return changes
 
@@ -315,7 +314,7 @@ class Scheduler:
         """Recount everything from scratch; what is wrong, in words."""
         return self._tree.audit() + self._loads.recount(self._tickets.values())
 
-    def _pack(self, prompt: list[int]) -> bytes:
+    def _pack(self, prompt: Sequence[int]) -> bytes:
         """The packed prompt; a request is dispatched right after it was placed."""
         if self._packed[0] is not prompt:
             self._packed = (prompt, pack_tokens(prompt))
@@ -324,22 +323,25 @@ class Scheduler:
     def _question(self, ask: Ask, now: float) -> Question:
         packed = self._pack(ask.prompt)
         caching, size = self._config.context_caching, self._config.block_size
-        held = fast = reach = np.zeros(len(self._loads))
+        held = slow = reach = nothing = np.zeros(len(self._loads))
         spread = None
         if caching != "off":
             # One token is always computed.
             end = (len(ask.prompt) - 1) // size * size * TOKEN_BYTES
             found = self._tree.match(packed[:end], ask.salt)
-            held, fast = self._loads.by_slot(found.held), self._loads.by_slot(found.fast)
-            reach = np.maximum(held, self._loads.by_slot(found.expected))
+            reach = held = self._loads.by_slot(found.held) * size
+            if found.slow:
+                slow = self._loads.by_slot(found.slow) * size
+            if found.expected:
+                reach = np.maximum(held, self._loads.by_slot(found.expected) * size)
             spread = self._spread.longest(packed[:end], ask.salt) if len(self._spread) else None
         return Question(
             ask=ask,
             packed=packed,
-            cached=reach * size,
-            held=held * size,
-            slow=(held - fast) * size,
-            kept=(reach if caching in ("2", "3") else np.zeros(len(self._loads))) * size,
+            cached=reach,
+            held=held,
+            slow=slow,
+            kept=reach if caching in ("2", "3") else nothing,
             now=now,
             spread=spread,
         )
@@ -381,8 +383,8 @@ class Scheduler:
             num_ranks = len(group.instances)
             work = self._chooser.work(num_before, num_before + num_new, num_ranks)
             return self._chooser.seconds(work, np.ones(num_ranks), np.zeros(num_ranks))
-        new = np.array([float(num_new)])
-        pairs = np.array([float(num_pairs(num_new, num_before))])
+        new = np.array(float(num_new))
+        pairs = np.array(float(num_pairs(num_new, num_before)))
         chunk = self._config.max_num_batched_tokens
-        read = np.array([float(num_read(num_new, num_before, chunk))])
-        return float(self.steps.costs.prefill(new, pairs, read, chunk)[0][0])
+        read = np.array(float(num_read(num_new, num_before, chunk)))
+        return float(self.steps.costs.prefill(new, pairs, read, chunk)[0])

@@ -7,9 +7,11 @@ what is still to come.
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from memserve.scheduler.cost import StepModel
 from memserve.scheduler.interface import Ask
+from memserve.scheduler.layout_model import expected_pressure
 from memserve.scheduler.loads import Loads
 from memserve.scheduler.policies import Floats
 
@@ -20,6 +22,7 @@ class State:
 
     speed: Floats
     """How much longer everything takes there than by the model."""
+    idle: NDArray[np.bool_]
     batch: Floats
     step: Floats
     """A step that only decodes."""
@@ -30,26 +33,35 @@ class State:
     queue: Floats
     """The queued prefills alone."""
     queue_steps: Floats
+    fading: Floats
+    """What is left of the memory of past prefills."""
+    pressure: Floats
+    """The share of time that prefills will take."""
 
 
-def state_of(loads: Loads, steps: StepModel, chunk: int) -> State:
+def state_of(loads: Loads, steps: StepModel, chunk: int, now: float) -> State:
     """The load as it is; prompts are computed in chunks of so many tokens."""
     rows, costs = loads.rows, steps.costs
-    speed = rows["scale"] * steps.slowdown(loads.num_busy)
     batch = rows["num_decoding"]
+    idle = rows["num_queued"] + batch == 0
+    speed = rows["scale"] * steps.slowdown(len(rows) - int(np.count_nonzero(idle)))
     sequences = np.maximum(batch + rows["num_incoming"], 1.0)
     context = rows["context"] * batch / sequences
     queue, queue_steps = costs.prefill(
         rows["queued_tokens"], rows["queued_pairs"], rows["queued_read"], chunk
     )
+    fading = loads.fading(now)
     return State(
         speed=speed,
+        idle=idle,
         batch=batch,
         step=costs.decoding(batch, context) * speed,
         beside=costs.beside(batch, context) * speed,
         rest=rows["remaining"] / sequences,
         queue=queue * speed,
         queue_steps=queue_steps,
+        fading=fading,
+        pressure=expected_pressure(loads, fading),
     )
 
 

@@ -25,7 +25,7 @@ from memserve.pool.refs import BlockRef, Tier
 from memserve.workers.batching import Batcher
 from memserve.workers.claims import Claims
 from memserve.workers.link import CopyDone
-from memserve.workers.sequence import Sequence, Slice
+from memserve.workers.sequence import Sequence, Slice, known_tokens
 from memserve.workers.swapping import Swapper
 
 logger = logging.getLogger(__name__)
@@ -314,7 +314,7 @@ class Arrivals:
             return False
         expect = arrival.expect
         # What lies in our own DRAM is pulled from the peer as well: it is the same copy.
-        tokens = [*expect.prompt, *expect.outputs]
+        tokens = known_tokens(expect)
         reusable = tokens[: -1 if expect.reuse else 0]
         match = self._pool.match(reusable, expect.cache_salt, deepest=Tier.HBM)
         num_missing = -(-(len(tokens) + 1) // self._pool.block_size) - len(match.blocks)
@@ -361,12 +361,13 @@ class Arrivals:
         self._forget(arrival)
         self.num_handovers += 1
         self._send(Pulled(expect.ticket))
-        tokens = array("i", [*expect.prompt, *expect.outputs, arrival.first_token])
+        tokens = known_tokens(expect)
+        tokens.append(arrival.first_token)
         sequence = Sequence(
             ticket=expect.ticket,
             choice=expect.choice,
             tokens=tokens,
-            num_prompt_tokens=len(expect.prompt),
+            num_prompt_tokens=len(tokens) - 1 - len(expect.outputs),
             num_given_outputs=len(expect.outputs),
             sampling=expect.sampling,
             cache_salt=expect.cache_salt,
@@ -379,8 +380,7 @@ class Arrivals:
 
     def _num_unknown(self, arrival: Arrival) -> int:
         """Blocks of its prompt that nobody has published."""
-        num_tokens = len(arrival.expect.prompt) + len(arrival.expect.outputs)
-        num_blocks = -(-num_tokens // self._pool.block_size)
+        num_blocks = -(-len(known_tokens(arrival.expect)) // self._pool.block_size)
         return num_blocks - arrival.num_matched - len(arrival.asked)
 
     def _decline(self, arrival: Arrival, reason: str) -> None:

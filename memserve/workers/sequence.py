@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TypeVar
 
-from memserve.messages import Prefilled, SamplingParams, Submit
+from memserve.messages import Expect, Prefilled, SamplingParams, Submit
 from memserve.pool.refs import BlockRef
 
 T = TypeVar("T")
@@ -110,13 +110,21 @@ class Sequence:
         return "length" if self.num_outputs >= self.sampling.max_tokens else None
 
 
+def known_tokens(message: Submit | Expect) -> "array[int]":
+    """The prompt and the answer so far."""
+    tokens = array("i", message.prompt)
+    tokens.extend(message.outputs)
+    return tokens
+
+
 def submitted(message: Submit) -> Sequence:
     """The sequence that a worker is sent: it holds no blocks and nothing of it is computed."""
+    tokens = known_tokens(message)
     return Sequence(
         ticket=message.ticket,
         choice=message.choice,
-        tokens=array("i", [*message.prompt, *message.outputs]),
-        num_prompt_tokens=len(message.prompt),
+        tokens=tokens,
+        num_prompt_tokens=len(tokens) - len(message.outputs),
         num_given_outputs=len(message.outputs),
         sampling=message.sampling,
         cache_salt=message.cache_salt,

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import socket
+from array import array
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TypeVar
@@ -169,7 +170,7 @@ async def fake_cluster(
 def generation(number: int, prompt: list[int], max_tokens: int) -> Generation:
     return Generation(
         request_id=f"request-{number}",
-        prompt=prompt,
+        prompt=array("i", prompt),
         sampling=SamplingParams(max_tokens=max_tokens, seed=0),
     )
 

@@ -1,4 +1,5 @@
 import dataclasses
+from array import array
 
 import pytest
 
@@ -15,7 +16,7 @@ ROOM = Capacity(num_blocks=MAX_SEQUENCE, block_size=1, chunk_tokens=64, max_rank
 def generation(num_tokens: int, num_choices: int = 1, request_id: str = "r") -> Generation:
     return Generation(
         request_id=request_id,
-        prompt=[1] * num_tokens,
+        prompt=array("i", [1] * num_tokens),
         sampling=SamplingParams(max_tokens=1, seed=0),
         num_choices=num_choices,
     )

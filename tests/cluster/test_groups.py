@@ -15,6 +15,7 @@ from memserve.parallel.messages import (
     LetGo,
     StartGroup,
 )
+from memserve.pool.index import pack_tokens
 from memserve.scheduler.interface import Ask, GroupPlan, Placement, SchedulerConfig
 from memserve.scheduler.scheduler import Scheduler
 from tests.cluster.fake_workers import (
@@ -77,7 +78,7 @@ async def test_a_group_starts_when_all_have_joined_with_its_blocks_in_the_prompt
             work = await workers[number].hears(Submit)
             assert work.group is not None
             assert (work.group.rank, work.group.instances) == (rank, [1, 0])
-            assert work.prompt == PROMPT
+            assert work.prompt == pack_tokens(PROMPT)
         workers[1].say(Joined(work.ticket, workers[1].refs(2)))
         workers[0].say(Joined(work.ticket, workers[0].refs(2)))
         for worker in (workers[0], workers[1]):
@@ -146,7 +147,7 @@ async def test_a_rank_that_leaves_dissolves_the_group_and_the_request_goes_on_al
         workers[0].token(ticket, 1, 99, "length")  # too late
         again = await asyncio.wait_for(next_submit(workers, after=ticket), 10)
         assert again.group is None
-        assert (again.prompt, again.outputs) == (PROMPT, [3])
+        assert (again.prompt, again.outputs) == (pack_tokens(PROMPT), [3])
         owner = workers[0] if again in workers[0].heard else workers[1]
         owner.token(again.ticket, 1, 4, "length")
         assert await running == [3, 4]

@@ -87,8 +87,8 @@ def test_the_next_turn_holds_the_tokens_that_were_served(model: ServedModel) -> 
     assert answer != model.tokenizer.encode("abcd abc")
     text = serve(model, first, [*answer, EOS])
     assert text == "abcd abc"
-    second = plan(model, then(ask(), text)).generations[0].prompt
-    known = first.generations[0].prompt + answer
+    second = plan(model, then(ask(), text)).generations[0].prompt.tolist()
+    known = first.generations[0].prompt.tolist() + answer
     assert second[: len(known)] == known
     rest = "<|eos|>\n<|im_start|>user\nd<|eos|>\n<|im_start|>assistant\n"
     assert second[len(known) :] == model.tokenizer.encode(rest)
@@ -98,7 +98,7 @@ def test_the_next_turn_holds_the_tokens_that_were_served(model: ServedModel) -> 
     third = plan(model, then(ask(), text))
     said = spelled(model.tokenizer, "abc")
     serve(model, third, [*said, EOS])
-    fourth = plan(model, then(then(ask(), text), "abc")).generations[0].prompt
+    fourth = plan(model, then(then(ask(), text), "abc")).generations[0].prompt.tolist()
     assert fourth[: len(second) + 3] == second + said
 
 
@@ -159,8 +159,8 @@ def test_only_tokens_of_the_text_that_was_seen_are_kept(
     first = plan(model, ask(), **fields)
     answer = spelled(model.tokenizer, said)
     assert serve(model, first, answer) == kept
-    second = plan(model, then(ask(), kept)).generations[0].prompt
-    known = first.generations[0].prompt + spelled(model.tokenizer, kept)
+    second = plan(model, then(ask(), kept)).generations[0].prompt.tolist()
+    known = first.generations[0].prompt.tolist() + spelled(model.tokenizer, kept)
     assert second[: len(known)] == known
     assert model.memo.stats.num_hits == 1
 
@@ -189,7 +189,7 @@ def test_an_answer_that_was_cut_short_is_continued_from_its_tokens(model: Served
     answer = spelled(model.tokenizer, "abc")
     messages = [*ask(), {"role": "assistant", "content": serve(model, first, answer)}]
     on = plan(model, messages, continue_final_message=True)
-    assert on.generations[0].prompt == first.generations[0].prompt + answer
+    assert on.generations[0].prompt.tolist() == first.generations[0].prompt.tolist() + answer
 
 
 def test_each_of_several_choices_can_be_continued(model: ServedModel) -> None:
@@ -199,8 +199,8 @@ def test_each_of_several_choices_can_be_continued(model: ServedModel) -> None:
         serve(model, first, [*answer, EOS], choice=choice) for choice, answer in enumerate(answers)
     ]
     for text, answer in zip(texts, answers, strict=True):
-        known = first.generations[0].prompt + answer
-        assert plan(model, then(ask(), text)).generations[0].prompt[: len(known)] == known
+        known = first.generations[0].prompt.tolist() + answer
+        assert plan(model, then(ask(), text)).generations[0].prompt.tolist()[: len(known)] == known
 
 
 @pytest.mark.parametrize(
@@ -226,15 +226,15 @@ def test_an_answer_that_the_client_went_on_with_is_encoded_anew(
     # Its text begins like the remembered one, but what follows is no boundary: "ab" "c" is "abc".
     serve(model, plan(model, ask()), [*model.tokenizer.encode("ab"), EOS])
     messages = [*ask(), {"role": "assistant", "content": "abc"}]
-    usual = plan(new_model(model.tokenizer), messages, **extra).generations[0].prompt
-    assert plan(model, messages, **extra).generations[0].prompt == usual
+    usual = plan(new_model(model.tokenizer), messages, **extra).generations[0].prompt.tolist()
+    assert plan(model, messages, **extra).generations[0].prompt.tolist() == usual
     assert model.memo.stats.num_hits == 0
 
 
 def test_history_that_the_client_rewrote_is_encoded_anew_and_counted(model: ServedModel) -> None:
     serve(model, plan(model, ask()), [*spelled(model.tokenizer, " abc "), EOS])
-    usual = plan(new_model(model.tokenizer), then(ask(), "abc")).generations[0].prompt
-    assert plan(model, then(ask(), "abc")).generations[0].prompt == usual
+    usual = plan(new_model(model.tokenizer), then(ask(), "abc")).generations[0].prompt.tolist()
+    assert plan(model, then(ask(), "abc")).generations[0].prompt.tolist() == usual
     assert (model.memo.stats.num_queries, model.memo.stats.num_hits) == (1, 0)
     plan(model, ask())  # no earlier answer, nothing to look for
     assert model.memo.stats.num_queries == 1
@@ -279,7 +279,7 @@ def test_the_space_before_a_first_word_is_part_of_what_is_remembered(tmp_path: P
     text = "</s>hello world hello</s>hello"
     second = Conversation(text, "", sentencepiece, model.memo, has_answers=True)
     assert model.memo.stats.num_hits == 1
-    assert second.prompt == sentencepiece.encode(text, add_special_tokens=False)
+    assert second.prompt.tolist() == sentencepiece.encode(text, add_special_tokens=False)
 
 
 def test_threads_may_share_a_memo(tokenizer: Tokenizer) -> None:

@@ -22,6 +22,7 @@ from memserve.messages import (
     TokenEvent,
     Tokens,
 )
+from memserve.pool.index import pack_tokens
 from memserve.pool.refs import ArenaLayout, BlockRef
 from memserve.workers.engine import Engine
 from memserve.workers.fetching import Fetch
@@ -139,7 +140,7 @@ class HandEngine:
             Submit(
                 ticket=ticket,
                 choice=0,
-                prompt=list(prompt),
+                prompt=pack_tokens(prompt),
                 sampling=SamplingParams(max_tokens=max_tokens, seed=0),
                 order=order,
                 reuse=reuse,

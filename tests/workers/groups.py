@@ -38,6 +38,7 @@ from memserve.parallel.messages import (
     StartGroup,
 )
 from memserve.parallel.split import chunks, slices
+from memserve.pool.index import pack_tokens
 from memserve.pool.refs import BlockRef
 from tests.workers.by_hand import HandEngine, engines
 from tests.workers.rig import BLOCK_SIZE
@@ -125,14 +126,14 @@ class FakeLauncher:
                 Submit(
                     ticket=ticket,
                     choice=0,
-                    prompt=list(prompt),
+                    prompt=pack_tokens(prompt),
                     sampling=sampling,
                     decode_on=decode_on,
                     group=msgspec.structs.replace(group, rank=rank),
                 ),
             )
         if decode_on is not None:
-            expect = Expect(ticket=ticket, choice=0, prompt=list(prompt), sampling=sampling)
+            expect = Expect(ticket=ticket, choice=0, prompt=pack_tokens(prompt), sampling=sampling)
             self.tell(decode_on, expect)
         return request
 

@@ -504,7 +504,7 @@ def generation(
 ) -> Generation:
     return Generation(
         request_id=f"request-{number}",
-        prompt=list(prompt),
+        prompt=array("i", prompt),
         sampling=SamplingParams(max_tokens=max_tokens, seed=0, temperature=0.0 if greedy else 1.0),
         num_choices=choices,
         cache_salt=salt,

@@ -13,6 +13,7 @@ import pytest
 from memserve.cluster.cluster import Cluster
 from memserve.cluster.streams import Stream
 from memserve.messages import Abort, Expect, Published, SamplingParams, Submit
+from memserve.pool.index import pack_tokens
 from memserve.scheduler.interface import Role
 from memserve.workers.engine import Engine
 from tests.census import census, grown
@@ -196,15 +197,19 @@ def in_load(peer: HandEngine, engine: HandEngine) -> None:
 
 
 def before_handover(_: HandEngine, engine: HandEngine) -> None:
-    engine.link.inbox.put(Submit(ticket=2, choice=0, prompt=PROMPT, sampling=SAMPLING, decode_on=0))
+    engine.link.inbox.put(
+        Submit(ticket=2, choice=0, prompt=pack_tokens(PROMPT), sampling=SAMPLING, decode_on=0)
+    )
     while not engine.tokens(2):
         engine.step()
     assert engine.engine._departures
 
 
 def with_room_kept(peer: HandEngine, engine: HandEngine) -> None:
-    peer.link.inbox.put(Submit(ticket=2, choice=0, prompt=PROMPT, sampling=SAMPLING, decode_on=1))
-    engine.link.inbox.put(Expect(ticket=2, choice=0, prompt=PROMPT, sampling=SAMPLING))
+    peer.link.inbox.put(
+        Submit(ticket=2, choice=0, prompt=pack_tokens(PROMPT), sampling=SAMPLING, decode_on=1)
+    )
+    engine.link.inbox.put(Expect(ticket=2, choice=0, prompt=pack_tokens(PROMPT), sampling=SAMPLING))
     peer.step()
     for message in peer.link.sent:
         if isinstance(message, Published):

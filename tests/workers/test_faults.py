@@ -25,6 +25,7 @@ from memserve.messages import (
     SamplingParams,
     Submit,
 )
+from memserve.pool.index import pack_tokens
 from memserve.pool.mempool import MemPool
 from memserve.pool.refs import Kind, Tier
 from memserve.pool.remote import Cancel, Pull
@@ -178,9 +179,11 @@ def cancel(_: HandEngine, receiver: HandEngine) -> None:
 
 def hand_over(source: HandEngine, receiver: HandEngine) -> None:
     source.link.inbox.put(
-        Submit(ticket=2, choice=0, prompt=DOCUMENT, sampling=SAMPLING, decode_on=1)
+        Submit(ticket=2, choice=0, prompt=pack_tokens(DOCUMENT), sampling=SAMPLING, decode_on=1)
     )
-    receiver.link.inbox.put(Expect(ticket=2, choice=0, prompt=DOCUMENT, sampling=SAMPLING))
+    receiver.link.inbox.put(
+        Expect(ticket=2, choice=0, prompt=pack_tokens(DOCUMENT), sampling=SAMPLING)
+    )
     source.step()
     for message in source.link.sent:
         if isinstance(message, Published):

@@ -11,6 +11,7 @@ import torch
 
 from memserve.messages import SamplingParams, Submit, Tokens
 from memserve.model.loading import load_model
+from memserve.pool.index import pack_tokens
 from memserve.pool.refs import ArenaLayout, BlockRef
 from memserve.workers.memory import WorkerMemory
 from memserve.workers.runner import Runner, StepRunner
@@ -73,7 +74,9 @@ def alone(folder: Path, prompt: list[int]) -> tuple[list[tuple[int, float]], tor
     (engine,) = engines_of(folder, 1)
     with running(engine) as launcher:
         sampling = SamplingParams(max_tokens=MAX_TOKENS, seed=0, temperature=0.0, logprobs=0)
-        engine.link.inbox.put(Submit(ticket=TICKET, choice=0, prompt=prompt, sampling=sampling))
+        engine.link.inbox.put(
+            Submit(ticket=TICKET, choice=0, prompt=pack_tokens(prompt), sampling=sampling)
+        )
         launcher.until(lambda: len(logprobs(engine)) == MAX_TOKENS)
         num_whole = len(prompt) // BLOCK_SIZE
         return logprobs(engine), kv([engine], engine.refs(prompt), num_whole * BLOCK_SIZE)
@@ -128,7 +131,13 @@ def test_logits_equal_those_of_one_instance_over_any_cut(tmp_path: Path) -> None
             leader = made[launcher.requests[ticket + 1].group.instances[0]]
             sampling = SamplingParams(max_tokens=MAX_TOKENS, seed=0, temperature=0.0, logprobs=0)
             single.link.inbox.put(
-                Submit(ticket=ticket, choice=0, prompt=prompt, sampling=sampling, reuse=False)
+                Submit(
+                    ticket=ticket,
+                    choice=0,
+                    prompt=pack_tokens(prompt),
+                    sampling=sampling,
+                    reuse=False,
+                )
             )
             launcher.until(partial(has_answered, single, ticket))
             wanted = logprobs(single, ticket)

@@ -23,6 +23,7 @@ from memserve.messages import (
     Submit,
     Withdrawn,
 )
+from memserve.pool.index import pack_tokens
 from memserve.pool.pending import Swap
 from memserve.pool.refs import Kind, Tier
 from memserve.pool.remote import Allocate
@@ -69,12 +70,12 @@ class Office:
         self._asked[ticket] = [*prompt], max_tokens
         sampling = SamplingParams(max_tokens=max_tokens, seed=0)
         if decode is not prefill:
-            decode.link.inbox.put(Expect(ticket, 0, [*prompt], sampling))
+            decode.link.inbox.put(Expect(ticket, 0, pack_tokens(prompt), sampling))
         prefill.link.inbox.put(
             Submit(
                 ticket=ticket,
                 choice=0,
-                prompt=[*prompt],
+                prompt=pack_tokens(prompt),
                 sampling=sampling,
                 decode_on=None if decode is prefill else decode.instance,
             )
