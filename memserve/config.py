@@ -48,12 +48,18 @@ class ServeConfig:
     mixed: int | None = _flag(
         None,
         "Number of workers that prefill and decode [default: if no worker is asked for, one for each "
-        "memory node].",
+        "GPU, or memory node].",
     )
-    device: str = _flag("auto", "Where the model runs.", choices=("auto", "cpu", "cuda"))
+    device: str = _flag(
+        "auto",
+        "Where the model runs; auto: on the GPUs that are visible, if torch can use them. Workers take "
+        "GPUs in turn; several may share one.",
+        choices=("auto", "cpu", "cuda"),
+    )
     dtype: str = _flag(
         "auto",
-        "Type of weights and KV cache; auto: bfloat16 where the processor has it, else float32.",
+        "Type of weights and KV cache; auto: bfloat16 where the device has it, else float32, on a GPU "
+        "float16.",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     max_model_len: int | None = _flag(
@@ -61,12 +67,14 @@ class ServeConfig:
     )
     block_size: int = _flag(16, "Tokens in one KV block.")
     gpu_memory_utilization: float = _flag(
-        0.92, "Share of a GPU's memory that memserve may fill; says nothing on CPU."
+        0.92,
+        "Share of a GPU's memory that its workers may fill together, in equal parts; says nothing on "
+        "CPU.",
     )
     kv_cache_memory: str | None = _flag(
         None,
         "KV cache of one worker, as 2G or 512M [default: its share of an eighth of the free "
-        "memory, at most 2G].",
+        "memory, at most 2G; on a GPU all that --gpu-memory-utilization leaves].",
     )
     dram_cache_memory: str = _flag(
         "0",
@@ -169,10 +177,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Folder of the Hugging Face checkpoint."""
     eos_token_ids: tuple[int, ...]
     device: str
+    """`cpu`, or `cuda:` and the number of a GPU."""
+    device_memory_bytes: int = 0
+    """Of a GPU: what this worker may fill, weights, workspace and KV together."""
     dtype: DType
     max_model_len: int
     block_size: int
     kv_cache_bytes: int
+    """0, on a GPU only: what the model leaves of `device_memory_bytes`."""
     dram_cache_bytes: int = 0
     """0: no DRAM tier."""
     dram_cache_encoding: Encoding = "plain"

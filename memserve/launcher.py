@@ -19,6 +19,7 @@ import msgspec
 from memserve.cluster.cluster import Cluster
 from memserve.cluster.instance import InstancePlan
 from memserve.config import EngineConfig, ServeConfig, parse_size
+from memserve.devices import assign, choose_dtype, choose_gpus, gpu_cache_bytes, on_device
 from memserve.errors import UsageError
 from memserve.frontend.listening import answering, connection_limit, listen, tls_context
 from memserve.frontend.running import Running
@@ -27,7 +28,6 @@ from memserve.frontend.timeline import Slo
 from memserve.machine import (
     available_memory,
     divide_cores,
-    has_fast_bf16,
     num_memory_nodes,
     usable_cores,
 )
@@ -35,7 +35,6 @@ from memserve.model.identity import weights_digest
 from memserve.model.prepared import PreparedModel, ProgressLine, prepare_in_child
 from memserve.paths import cache_dir
 from memserve.pool.disk import prepare_folder
-from memserve.pool.refs import DType
 from memserve.scheduler.interface import (
     ContextCaching,
     FetchPolicy,
@@ -67,10 +66,10 @@ class Server:
 
 def plan_instances(config: ServeConfig, prepared: PreparedModel) -> list[InstancePlan]:
     """One plan per worker, prefill first; raises `UsageError` for what can't be done here."""
-    if config.device == "cuda":
-        raise UsageError("--device cuda is not supported yet: this release serves on CPU")
     check_ranges(config)
-    roles = choose_roles(config)
+    gpus = choose_gpus(config)
+    roles = choose_roles(config, num_gpus=len(gpus))
+    devices = assign(gpus, len(roles), config.gpu_memory_utilization)
     max_model_len = config.max_model_len or prepared.max_model_len
     if not 1 < max_model_len <= prepared.max_model_len:
         raise UsageError(
@@ -81,11 +80,11 @@ def plan_instances(config: ServeConfig, prepared: PreparedModel) -> list[Instanc
     engine = EngineConfig(
         weights=prepared.weights,
         eos_token_ids=prepared.eos_token_ids,
-        device="cpu",
-        dtype=choose_dtype(config),
+        device=devices[0].name,
+        dtype=choose_dtype(config, gpus),
         max_model_len=max_model_len,
         block_size=config.block_size,
-        kv_cache_bytes=cache_bytes(config, len(roles)),
+        kv_cache_bytes=(gpu_cache_bytes if gpus else cache_bytes)(config, len(roles)),
         dram_cache_bytes=parse_size(config.dram_cache_memory, zero=True),
         dram_cache_encoding="int8" if config.dram_cache_dtype == "int8" else "plain",
         cache_dir=history_folder(config),
@@ -99,8 +98,8 @@ def plan_instances(config: ServeConfig, prepared: PreparedModel) -> list[Instanc
         log_level=config.log_level,
     )
     return [
-        InstancePlan(role=role, cores=cores, engine=engine)
-        for role, cores in zip(roles, shares, strict=True)
+        InstancePlan(role=role, cores=cores, engine=on_device(engine, device))
+        for role, cores, device in zip(roles, shares, devices, strict=True)
     ]
 
 
@@ -170,16 +169,8 @@ def scheduler_config(config: ServeConfig) -> SchedulerConfig:
     )
 
 
-def choose_dtype(config: ServeConfig) -> DType:
-    """Type of weights and KV cache: what was asked for, or the fastest that loses nothing."""
-    if config.dtype == "auto":
-        return "bfloat16" if has_fast_bf16() else "float32"
-    dtype: DType = msgspec.convert(config.dtype, DType)
-    return dtype
-
-
-def choose_roles(config: ServeConfig) -> list[Role]:
-    """The workers' roles; if nothing is asked for, a mixed worker for each memory node.
+def choose_roles(config: ServeConfig, *, num_gpus: int = 0) -> list[Role]:
+    """The workers' roles; if nothing is asked for, a mixed worker for each GPU or memory node.
 
     Workers that share a memory bus each read the weights for their own batch: on two cores one worker
     with both serves chats a fifth faster than two with one core each.
@@ -189,7 +180,7 @@ def choose_roles(config: ServeConfig) -> list[Role]:
         raise UsageError("--prefill, --decode and --mixed must not be negative")
     num_prefill, num_decode, num_mixed = (count or 0 for count in counts)
     if counts == (None, None, None):
-        num_mixed = num_memory_nodes(usable_cores())
+        num_mixed = num_gpus or num_memory_nodes(usable_cores())
     if num_mixed == 0 and (num_prefill == 0 or num_decode == 0):
         raise UsageError(
             "somebody must prefill and somebody must decode: give --prefill and --decode, or --mixed"

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "memserve"
 # A module may import those that stand on an earlier line, and its neighbours in one package.
 LAYERS = [
     {"memserve", "errors", "paths", "machine", "pool.refs"},
+    {"gpus"},
     {
         "config",
         "stats",
@@ -33,6 +34,7 @@ LAYERS = [
     {"openai"},
     {"frontend"},
     {"server", "cluster"},
+    {"devices"},
     {"launcher", "chat"},
     {"bench"},
     {"chaos"},

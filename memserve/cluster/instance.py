@@ -24,7 +24,7 @@ from memserve.messages import (
     StartFailed,
     ToLauncher,
 )
-from memserve.pool.refs import Tier
+from memserve.pool.refs import ArenaDescriptor, Tier
 from memserve.scheduler.interface import Role
 from memserve.stats import EngineStats, add_up
 
@@ -211,6 +211,12 @@ class Instance:
                     f"workers {self.name} and {peer.name} can't share KV blocks: one has {mine}, the "
                     f"other {theirs}; all must serve the same model with the same flags"
                 )
+            if unreadable(own, other) or unreadable(other, own):
+                raise UsageError(
+                    f"the GPUs of workers {self.name} and {peer.name} can't read each other's memory "
+                    "(no peer access), and another way, NCCL, is not built: choose one GPU, or GPUs "
+                    "that can, by CUDA_VISIBLE_DEVICES"
+                )
 
     async def ended(self, seconds: float) -> None:
         """Return when the process has ended, or after so long."""
@@ -246,6 +252,13 @@ class Instance:
         for descriptor in self._arena_descriptors:
             os.close(descriptor)
         self._arena_descriptors = []
+
+
+def unreadable(reader: ArenaDescriptor, arena: ArenaDescriptor) -> bool:
+    """Whether an arena lies on a GPU that the owner of another one can't read."""
+    if arena.device is None:
+        return False
+    return reader.device is None or arena.device.gpu not in reader.device.readable
 
 
 def thread_environment(cores: Sequence[int]) -> dict[str, str]:

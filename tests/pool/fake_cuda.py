@@ -19,7 +19,8 @@ from memserve.errors import DeviceError, OutOfDeviceMemory, PoolError
 from memserve.pool.cuda_runtime import HANDLE_BYTES, Gather
 from memserve.pool.refs import DeviceMemory
 
-_HANDLE = struct.Struct("<qqq")
+_HANDLE = struct.Struct("<qqqQ")  # process, file descriptor, bytes, inode
+GONE = "cudaIpcOpenMemHandle: invalid argument (CUDA error 1)"
 
 
 class FakeCuda:
@@ -53,17 +54,21 @@ class FakeCuda:
         return torch.frombuffer(self._maps[address], dtype=torch.uint8, count=num_bytes)
 
     def export(self, address: int) -> bytes:
-        return _HANDLE.pack(os.getpid(), *self._files[address]).ljust(HANDLE_BYTES, b"\0")
+        file, num_bytes = self._files[address]
+        handle = _HANDLE.pack(os.getpid(), file, num_bytes, os.fstat(file).st_ino)
+        return handle.ljust(HANDLE_BYTES, b"\0")
 
     def open(self, memory: DeviceMemory) -> int:
         if memory.gpu not in self.readable:
             raise PoolError(f"{self.gpu} can't read memory of {memory.gpu}")
-        pid, number, num_bytes = _HANDLE.unpack_from(memory.handle)
+        pid, number, num_bytes, inode = _HANDLE.unpack_from(memory.handle)
         try:
             file = os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR)
         except OSError as error:
-            raise DeviceError("cudaIpcOpenMemHandle: invalid argument (CUDA error 1)") from error
+            raise DeviceError(GONE) from error
         try:
+            if os.fstat(file).st_ino != inode:
+                raise DeviceError(GONE)
             address = self._map(file, num_bytes)
         finally:
             os.close(file)

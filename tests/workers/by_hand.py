@@ -22,6 +22,7 @@ from memserve.messages import (
     TokenEvent,
     Tokens,
 )
+from memserve.pool.cuda_runtime import Cuda
 from memserve.pool.index import pack_tokens
 from memserve.pool.refs import ArenaLayout, BlockRef
 from memserve.workers.engine import Engine
@@ -72,12 +73,17 @@ class HandEngine:
         make_runner: Callable[[WorkerMemory], StepRunner] = oracle,
         group_timeout: float = 5.0,
         max_num_seqs: int = 8,
+        cuda: Cuda | None = None,
+        transfer_granularity: str = "chunk",
     ) -> None:
-        """With a `shape` of its own, `make_runner` gives a model of that shape."""
+        """With a `shape` of its own, `make_runner` gives a model of that shape.
+
+        With `cuda`, HBM is on that GPU, where the runner must be able to write.
+        """
         config = EngineConfig(
             weights="",
             eos_token_ids=(),
-            device="cpu",
+            device="cpu" if cuda is None else "cuda:0",
             dtype="float32",
             max_model_len=1000,
             block_size=BLOCK_SIZE,
@@ -89,6 +95,7 @@ class HandEngine:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=16,
             handover_timeout=handover_timeout,
+            transfer_granularity=transfer_granularity,
             group_timeout=group_timeout,
             num_threads=1,
             log_level="info",
@@ -97,7 +104,7 @@ class HandEngine:
         self._is_oracle = make_runner is oracle
         self.link = KeptMessages()
         self.memory = WorkerMemory(
-            config, shape, instance=instance, epoch=epoch, inbox=self.link.inbox
+            config, shape, instance=instance, epoch=epoch, inbox=self.link.inbox, cuda=cuda
         )
         if faults is not None:
             wrap(self.memory, faults)

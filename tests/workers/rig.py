@@ -47,6 +47,7 @@ from memserve.workers.memory import WorkerMemory
 from memserve.workers.sequence import Slice
 from tests.faults.plan import Faults
 from tests.faults.wrapping import FaultyLink, wrap
+from tests.pool.fake_cuda import FakeCuda
 
 P = ParamSpec("P")
 Numbers = npt.NDArray[np.int64]
@@ -265,6 +266,7 @@ class ThreadWorker:
             instance=configure.instance,
             epoch=configure.epoch,
             inbox=link.inbox,
+            cuda=FakeCuda() if self._options.on_gpu else None,
         )
         if self._faults is not None:
             wrap(memory, self._faults)
@@ -378,6 +380,8 @@ class RigOptions:
     scheduler: SchedulerConfig = PLAIN
     max_sp: int = 1
     calibration: bool = False
+    on_gpu: bool = False
+    """Whether HBM is on a GPU, a double of one."""
 
 
 @asynccontextmanager

@@ -1,0 +1,95 @@
+"""Which device each worker computes on, and in what type: `--device` and what goes with it.
+
+Workers take the visible GPUs in turn; those on one GPU share `--gpu-memory-utilization` of its memory
+equally. How much of its share a worker's model leaves for KV blocks, the worker finds out itself.
+"""
+
+import logging
+from dataclasses import dataclass
+
+import msgspec
+
+from memserve.config import EngineConfig, ServeConfig, parse_size
+from memserve.errors import UsageError
+from memserve.gpus import Gpu, NoGpu, usable_gpus
+from memserve.machine import available_memory, has_fast_bf16
+from memserve.pool.refs import DType
+
+logger = logging.getLogger(__name__)
+
+BFLOAT16_CAPABILITY = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Where one worker computes."""
+
+    name: str
+    """`cpu`, or `cuda:` and the GPU's number."""
+    memory_bytes: int = 0
+    """Of a GPU: what the worker may fill with weights, workspace and KV."""
+
+
+def choose_gpus(config: ServeConfig) -> list[Gpu]:
+    """The GPUs to serve on; none: on the CPU. Raises UsageError for what can't be done on a GPU."""
+    if config.device == "cpu":
+        return []
+    try:
+        gpus = usable_gpus()
+    except NoGpu as error:
+        if config.device == "cuda":
+            raise UsageError(f"--device cuda: {error}") from None
+        logger.debug("serving on the CPU: %s", error)
+        return []
+    for name, is_set in (
+        ("--max-sp other than 1", config.max_sp != 1),
+        ("--dram-cache-dtype int8", config.dram_cache_dtype == "int8"),
+        ("--cache-dir", config.cache_dir is not None),
+    ):
+        if is_set:
+            raise UsageError(f"{name} is not built for GPUs yet: leave it out, or --device cpu")
+    logger.info("GPUs: %s", ", ".join(f"{gpu.index} {gpu.name}" for gpu in gpus))
+    return gpus
+
+
+def assign(gpus: list[Gpu], num_workers: int, utilization: float) -> list[Device]:
+    """The device of each worker, GPUs in turn."""
+    if not gpus:
+        return [Device("cpu")] * num_workers
+    chosen = [gpus[number % len(gpus)] for number in range(num_workers)]
+    return [
+        Device(f"cuda:{gpu.index}", int(gpu.memory_bytes * utilization) // chosen.count(gpu))
+        for gpu in chosen
+    ]
+
+
+def on_device(engine: EngineConfig, device: Device) -> EngineConfig:
+    """The same for a worker on this device."""
+    return msgspec.structs.replace(
+        engine, device=device.name, device_memory_bytes=device.memory_bytes
+    )
+
+
+def gpu_cache_bytes(config: ServeConfig, num_workers: int) -> int:
+    """Bytes of KV cache for each worker on a GPU; 0: what its share of the memory leaves.
+
+    Raises UsageError if the host's memory can't hold all DRAM tiers.
+    """
+    dram, available = parse_size(config.dram_cache_memory, zero=True), available_memory()
+    if dram * num_workers > available:
+        raise UsageError(
+            f"too little memory: {num_workers} workers with --dram-cache-memory "
+            f"{config.dram_cache_memory} each need more than the {available / 2**30:.1f} GiB available"
+        )
+    return 0 if config.kv_cache_memory is None else parse_size(config.kv_cache_memory)
+
+
+def choose_dtype(config: ServeConfig, gpus: list[Gpu]) -> DType:
+    """Type of weights and KV cache: what was asked for, or the fastest that loses nothing."""
+    if config.dtype != "auto":
+        dtype: DType = msgspec.convert(config.dtype, DType)
+        return dtype
+    if gpus:
+        capable = all(gpu.compute_capability >= BFLOAT16_CAPABILITY for gpu in gpus)
+        return "bfloat16" if capable else "float16"
+    return "bfloat16" if has_fast_bf16() else "float32"

@@ -1,0 +1,34 @@
+/* In the place of the NVIDIA driver's library: some GPUs that can be counted and described. */
+#include <stdio.h>
+#include <stddef.h>
+
+static int num_gpus = 2;
+
+void set_num_gpus(int number) { num_gpus = number; }
+
+int cuInit(unsigned flags) { return num_gpus < 0 || flags ? 100 : 0; }
+
+int cuDeviceGetCount(int *count) {
+    *count = num_gpus;
+    return 0;
+}
+
+int cuDeviceGet(int *device, int index) {
+    *device = 10 + index;
+    return 0;
+}
+
+int cuDeviceGetName(char *name, int length, int device) {
+    snprintf(name, (size_t)length, "Fake %d", device - 10);
+    return 0;
+}
+
+int cuDeviceTotalMem_v2(size_t *bytes, int device) {
+    *bytes = (device == 10 ? (size_t)80 : 16) << 30;
+    return 0;
+}
+
+int cuDeviceGetAttribute(int *value, int attribute, int device) {
+    *value = attribute != 75 ? 0 : device == 10 ? 9 : 7;
+    return 0;
+}

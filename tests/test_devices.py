@@ -1,0 +1,134 @@
+"""Which device each worker gets, and what is refused where there is none."""
+
+import ctypes
+import sys
+from pathlib import Path
+
+import pytest
+
+from memserve import devices, gpus, launcher
+from memserve.cluster.instance import unreadable
+from memserve.config import ServeConfig
+from memserve.devices import Device, assign, choose_dtype, choose_gpus, gpu_cache_bytes
+from memserve.errors import UsageError
+from memserve.gpus import Gpu, NoGpu, torch_has_cuda, usable_gpus
+from memserve.native.build import load_library
+from memserve.pool.refs import ArenaDescriptor, ArenaLayout, DeviceMemory
+from memserve.scheduler.interface import Role
+
+HOPPER = Gpu(0, "H100", 80 << 30, 9)
+TURING = Gpu(1, "T4", 16 << 30, 7)
+
+
+def test_workers_take_gpus_in_turn_and_share_their_memory() -> None:
+    assert assign([HOPPER, TURING], 3, 0.5) == [
+        Device("cuda:0", 20 << 30),
+        Device("cuda:1", 8 << 30),
+        Device("cuda:0", 20 << 30),
+    ]
+    assert assign([], 2, 0.9) == [Device("cpu")] * 2
+
+
+def test_the_default_type_is_one_that_every_gpu_computes_in() -> None:
+    assert choose_dtype(ServeConfig(), [HOPPER]) == "bfloat16"
+    assert choose_dtype(ServeConfig(), [HOPPER, TURING]) == "float16"
+    assert choose_dtype(ServeConfig(dtype="float32"), [TURING]) == "float32"
+
+
+def test_by_default_each_gpu_gets_a_worker() -> None:
+    assert launcher.choose_roles(ServeConfig(), num_gpus=3) == [Role.MIXED] * 3
+    assert launcher.choose_roles(ServeConfig(mixed=1), num_gpus=3) == [Role.MIXED]
+
+
+def test_without_a_gpu_cuda_is_refused_in_a_line_and_auto_serves_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def none_here() -> list[Gpu]:
+        raise NoGpu("there is no NVIDIA driver on this machine")
+
+    monkeypatch.setattr(devices, "usable_gpus", none_here)
+    with pytest.raises(UsageError, match="--device cuda: there is no NVIDIA driver"):
+        choose_gpus(ServeConfig(device="cuda"))
+    assert choose_gpus(ServeConfig()) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "flag"),
+    [
+        (ServeConfig(max_sp=0), "--max-sp"),
+        (ServeConfig(dram_cache_dtype="int8"), "--dram-cache-dtype"),
+        (ServeConfig(cache_dir="/history"), "--cache-dir"),
+    ],
+)
+def test_what_is_not_built_for_gpus_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, config: ServeConfig, flag: str
+) -> None:
+    monkeypatch.setattr(devices, "usable_gpus", lambda: [HOPPER])
+    assert choose_gpus(ServeConfig()) == [HOPPER]
+    with pytest.raises(UsageError, match=f"{flag}.*--device cpu"):
+        choose_gpus(config)
+
+
+def test_kv_memory_is_what_was_asked_for_or_found_out_later() -> None:
+    assert gpu_cache_bytes(ServeConfig(), 2) == 0
+    assert gpu_cache_bytes(ServeConfig(kv_cache_memory="2G"), 2) == 2 << 30
+    with pytest.raises(UsageError, match="--dram-cache-memory 9000G"):
+        gpu_cache_bytes(ServeConfig(dram_cache_memory="9000G"), 2)
+
+
+def test_two_workers_must_be_able_to_read_each_others_gpu() -> None:
+    layout = ArenaLayout(8, 2, 4, 2, 8, "float32")
+
+    def arena(gpu: str, *readable: str) -> ArenaDescriptor:
+        return ArenaDescriptor(0, 1, 0, layout, DeviceMemory(gpu, b"", (gpu, *readable)))
+
+    assert not unreadable(arena("A"), arena("A"))
+    assert not unreadable(arena("A", "B"), arena("B"))
+    assert unreadable(arena("A"), arena("B"))
+    on_host = ArenaDescriptor(0, 1, 1, layout)
+    assert not unreadable(arena("A"), on_host)
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A driver that knows two GPUs, the second of compute capability 7."""
+    monkeypatch.setattr(gpus, "torch_has_cuda", lambda: True)
+    library = load_library("driver", [str(Path(__file__).parent / "driver.c")])
+    assert library is not None
+    return Path(library._name)
+
+
+def test_gpus_are_asked_of_the_driver(driver: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert usable_gpus(str(driver)) == [
+        Gpu(0, "Fake 0", 80 << 30, 9),
+        Gpu(1, "Fake 1", 16 << 30, 7),
+    ]
+    ctypes.CDLL(str(driver)).set_num_gpus(0)
+    with pytest.raises(NoGpu, match="CUDA_VISIBLE_DEVICES"):
+        usable_gpus(str(driver))
+    ctypes.CDLL(str(driver)).set_num_gpus(-1)
+    with pytest.raises(NoGpu, match="CUDA error 100"):
+        usable_gpus(str(driver))
+    ctypes.CDLL(str(driver)).set_num_gpus(2)
+
+
+def test_a_machine_without_a_driver_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpus, "torch_has_cuda", lambda: True)
+    with pytest.raises(NoGpu, match="no NVIDIA driver"):
+        usable_gpus("libcuda-of-nobody.so")
+
+
+@pytest.mark.parametrize(
+    ("line", "has_cuda"),
+    [("cuda: Optional[str] = None", False), ("cuda: Optional[str] = '13.0'", True), ("", False)],
+)
+def test_whether_torch_was_built_for_cuda_is_read_and_not_asked_of_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, has_cuda: bool
+) -> None:
+    package = tmp_path / "torch"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise AssertionError('torch was loaded')")
+    (package / "version.py").write_text(f"__all__ = ['cuda']\ndebug = False\n{line}\nhip = None\n")
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert torch_has_cuda() == has_cuda
