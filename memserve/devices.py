@@ -32,15 +32,12 @@ class Device:
 
 def choose_gpus(config: ServeConfig) -> list[Gpu]:
     """The GPUs to serve on; none: on the CPU. Raises UsageError for what can't be done on a GPU."""
-    if config.device == "cpu":
+    if config.device != "cuda":  # `auto` is the CPU until models run on GPUs
         return []
     try:
         gpus = usable_gpus()
     except NoGpu as error:
-        if config.device == "cuda":
-            raise UsageError(f"--device cuda: {error}") from None
-        logger.debug("serving on the CPU: %s", error)
-        return []
+        raise UsageError(f"--device cuda: {error}") from None
     for name, is_set in (
         ("--max-sp other than 1", config.max_sp != 1),
         ("--dram-cache-dtype int8", config.dram_cache_dtype == "int8"),

@@ -55,16 +55,16 @@ def test_without_a_gpu_cuda_is_refused_in_a_line_and_auto_serves_on_the_cpu(
 @pytest.mark.parametrize(
     ("config", "flag"),
     [
-        (ServeConfig(max_sp=0), "--max-sp"),
-        (ServeConfig(dram_cache_dtype="int8"), "--dram-cache-dtype"),
-        (ServeConfig(cache_dir="/history"), "--cache-dir"),
+        (ServeConfig(device="cuda", max_sp=0), "--max-sp"),
+        (ServeConfig(device="cuda", dram_cache_dtype="int8"), "--dram-cache-dtype"),
+        (ServeConfig(device="cuda", cache_dir="/history"), "--cache-dir"),
     ],
 )
 def test_what_is_not_built_for_gpus_is_refused_by_name(
     monkeypatch: pytest.MonkeyPatch, config: ServeConfig, flag: str
 ) -> None:
     monkeypatch.setattr(devices, "usable_gpus", lambda: [HOPPER])
-    assert choose_gpus(ServeConfig()) == [HOPPER]
+    assert choose_gpus(ServeConfig(device="cuda")) == [HOPPER]
     with pytest.raises(UsageError, match=f"{flag}.*--device cpu"):
         choose_gpus(config)
 
