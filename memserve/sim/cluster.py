@@ -1,7 +1,7 @@
 """The launcher's side of a simulation: asks the scheduler, sends the work, follows every ticket.
 
 Does what `memserve.cluster` does, with the same `Scheduler`, and tells it only what a real cluster
-knows: index events, tokens, timed steps of heartbeats. Messages take no time.
+knows: index events, tokens, timed steps of heartbeats. Messages take what the profile says of them.
 """
 
 from array import array
@@ -21,6 +21,7 @@ from memserve.sim.costs import Profile
 from memserve.sim.dialogues import Dialogue, Request
 from memserve.sim.groups import SimulatedGroup
 from memserve.sim.instance import SimulatedInstance
+from memserve.sim.launcher import Launcher
 from memserve.sim.outcome import Outcome, Outcomes
 from memserve.sim.sequence import Sequence
 
@@ -70,6 +71,7 @@ class SimulatedCluster:
         profile = setting.profile
         self.clock = Clock()
         self.scheduler = Scheduler(setting.scheduler)
+        self._launcher = Launcher(self.clock, profile.request_seconds)
         self.outcomes = Outcomes()
         self.instances = [
             SimulatedInstance(
@@ -138,21 +140,29 @@ class SimulatedCluster:
 
     def _hold_or_send(self, dialogue: Dialogue, request: Request) -> None:
         limit = self._setting.max_concurrency
-        if limit is not None and len(self._streams) >= limit:
+        if limit is not None and self._num_sent >= limit:
             self._held.append((dialogue, request))
         else:
             self._send(dialogue, request)
 
+    @property
+    def _num_sent(self) -> int:
+        """Requests that clients wait for."""
+        return len(self._streams) + self._launcher.num_reading
+
     def _send(self, dialogue: Dialogue, request: Request) -> None:
-        """Place a request and dispatch it."""
         now = self.clock.now
+        self._launcher.read(lambda: self._place(dialogue, request, now))
+
+    def _place(self, dialogue: Dialogue, request: Request, sent: float) -> None:
+        """Place a request and dispatch it."""
         for instance in self.instances:
             instance.sync()
         if not self._fits(request):
             self.outcomes.num_refused += 1
             self._next_turn(dialogue)
             return
-        outcome = Outcome(now, len(request.prompt), len(request.output))
+        outcome = Outcome(sent, len(request.prompt), len(request.output))
         self._dispatch(dialogue, request, outcome, may_share=True)
 
     def _dispatch(
@@ -309,7 +319,7 @@ class SimulatedCluster:
             prefill.deliver(lambda: prefill.arrivals.take_back(packed, "", owner.cache))
         self._next_turn(stream.dialogue)
         limit = self._setting.max_concurrency
-        while limit is not None and self._held and len(self._streams) < limit:
+        while limit is not None and self._held and self._num_sent < limit:
             self._send(*self._held.popleft())
 
     def published(self, ticket: int, num_blocks: int, *, complete: bool) -> None:

@@ -69,6 +69,12 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Added share of a step's time for each other instance that is busy on the same device."""
     sync_seconds: float = 1e-3
     """What the ranks of a group wait for each other in a step of all layers, for each doubling."""
+    request_seconds: float = 0.0
+    """What launcher and clients take for a request before it is sent on, one after the other."""
+    message_seconds: float = 0.0
+    """What they take for the message of a step, of the cores that instances share: a longer step."""
+    token_seconds: float = 0.0
+    """The same for each sequence that decodes in it."""
     noise: float = 0.0
     """Standard deviation of the logarithm of a step's time."""
 
@@ -76,7 +82,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         self, num_prefill: int, prefill_pairs: int, num_decodes: int, decode_pairs: int
     ) -> float:
         """The time of one step without noise and contention."""
-        return max(
+        told = self.message_seconds + self.token_seconds * num_decodes
+        return told + max(
             form.fixed
             + form.prefill_token * num_prefill
             + form.prefill_pair * prefill_pairs
@@ -92,7 +99,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             form.fixed + form.decode * num_decodes + form.decode_pair * pairs for form in self.steps
         ]
         longest: Floats = np.max(forms, axis=0)
-        return longest
+        return longest + self.message_seconds + self.token_seconds * num_decodes
 
     def copy_seconds(self, num_bytes: int) -> float:
         """The time of one copy between instances or tiers."""
@@ -186,6 +193,8 @@ def _problems(profile: Profile) -> Sequence[str]:
         found.append("a decode step must take some time")
     if profile.copy_bandwidth <= 0:
         found.append("copy_bandwidth must be positive")
+    if min(profile.request_seconds, profile.message_seconds, profile.token_seconds) < 0:
+        found.append("request_seconds, message_seconds and token_seconds must not be negative")
     if profile.kv_cache_tokens <= 0 or profile.max_num_batched_tokens <= 0:
         found.append("kv_cache_tokens and max_num_batched_tokens must be positive")
     return found
