@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import logging
+import os
 import signal
 import subprocess
 import tempfile
@@ -11,10 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from memserve.bench.variants import Started, started
 from memserve.chaos.plays import KINDS, Program
 from memserve.chaos.report import Report, pauses_of
-from memserve.chaos.run import Conditions, Findings, Run, open_http, touched_gaps
+from memserve.chaos.run import Conditions, Findings, Run, Sample, open_http, touched_gaps
 from memserve.chaos.ties import count_ties
 from memserve.chaos.tiny import make_tiny
 from memserve.model.prepared import PreparedModel, prepare_in_child
@@ -51,6 +54,7 @@ class Options:
     every: float
     sample_every: float
     log_file: Path | None
+    samples_file: Path | None
     flags: tuple[str, ...]
 
 
@@ -79,6 +83,9 @@ def parse_options(arguments: Sequence[str]) -> Options:
         "--sample-every", type=float, default=5.0, help="seconds between samples [default: 5]"
     )
     parser.add_argument("--log-file", type=Path, help="keep the server's log here")
+    parser.add_argument(
+        "--samples-file", type=Path, help="write every sample here at once, as a line of JSON"
+    )
     parser.add_argument("flags", nargs="*", help=f"of the server [default: {' '.join(FLAGS)}]")
     given = parser.parse_args(arguments)
     numbers = (given.minutes, given.users, given.plays, given.every, given.sample_every)
@@ -93,6 +100,7 @@ def parse_options(arguments: Sequence[str]) -> Options:
         every=given.every,
         sample_every=given.sample_every,
         log_file=given.log_file,
+        samples_file=given.samples_file,
         flags=(
             *(TINY_MEMORY if given.model == TINY else MEMORY),
             *(given.flags or FLAGS),
@@ -132,8 +140,13 @@ async def _go(options: Options, server: Started, model: PreparedModel) -> Findin
         sample_every=options.sample_every,
         worker_timeout=WORKER_TIMEOUT_S,
     )
-    async with open_http(server.url) as http:
-        return await Run(server, conditions, http).go()
+    with open(options.samples_file or os.devnull, "wb", buffering=0) as file:  # noqa: ASYNC230
+
+        def keep(sample: Sample) -> None:
+            file.write(msgspec.json.encode(sample) + b"\n")
+
+        async with open_http(server.url) as http:
+            return await Run(server, conditions, http, keep).go()
 
 
 def _stop(server: Started) -> list[str]:

@@ -83,7 +83,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         if most[1] > most[0] + FILES_MORE:
             found.append(f"a worker with {most[1]} open files, where {most[0]} were enough")
         return found + [
-            f"{each.what} has grown by {each.growth:.1f}" for each in self.growths if each.grows
+            f"{each.what} has grown by {each.most:.1f}" for each in self.growths if each.grows
         ]
 
 
@@ -131,4 +131,6 @@ def _held(holdings: Sequence[Holding]) -> str:
 def _growth(growth: Growth) -> str:
     found = "too few samples to say" if growth.growth is None else f"{growth.growth:+.1f}"
     limits = f"mean {growth.mean:.1f}, tolerated {growth.tolerated:.1f}"
+    if growth.quarters is not None:
+        limits = "first quarter {:.1f}, last {:.1f}, ".format(*growth.quarters) + limits
     return f"growth of {growth.what}: {found} ({limits})"

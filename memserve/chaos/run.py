@@ -3,7 +3,7 @@
 import asyncio
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import aiohttp
@@ -52,6 +52,29 @@ class Findings:
     holdings: list[tuple[Holding, list[Holding]]] = field(default_factory=list)
     """Of launcher and workers, at the start and at the end."""
     growths: list[Growth] = field(default_factory=list)
+
+
+class WorkerSample(msgspec.Struct, frozen=True, kw_only=True):
+    """One worker at one moment."""
+
+    number: int
+    epoch: int
+    pid: int
+    num_pages: int
+    """Held by requests and copies."""
+    held: Holding | None
+    """None: it has just ended."""
+
+
+class Sample(msgspec.Struct, frozen=True, kw_only=True):
+    """The server at one moment."""
+
+    seconds: float
+    """Since the disturbance began."""
+    requests: int
+    """Answered or left so far."""
+    launcher: Holding | None
+    workers: list[WorkerSample]
 
 
 class _Tier(msgspec.Struct):
@@ -106,9 +129,15 @@ class Run:
     """One run on a server that was started for it."""
 
     def __init__(
-        self, server: Started, conditions: Conditions, http: aiohttp.ClientSession
+        self,
+        server: Started,
+        conditions: Conditions,
+        http: aiohttp.ClientSession,
+        keep: Callable[[Sample], None],
     ) -> None:
+        """`keep` is handed every sample when it is taken."""
         self.findings = Findings()
+        self._keep = keep
         self._server = server
         self._conditions = conditions
         self._http = http
@@ -188,24 +217,39 @@ class Run:
 
     async def _set_role(self, number: int, role: str) -> None:
         """Refused if nobody would be left for the other role; that is as good."""
-        async with self._http.post(f"/admin/instances/{number}/role?role={role}") as response:
-            if response.status >= 500:
-                self.findings.performance.failed.append(
-                    f"role {role} of instance {number}: {response.status}"
-                )
+        failed = self.findings.performance.failed
+        try:
+            async with self._http.post(f"/admin/instances/{number}/role?role={role}") as response:
+                if response.status >= 500:
+                    failed.append(f"role {role} of instance {number}: {response.status}")
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            failed.append(f"role {role} of instance {number}: {error or type(error).__name__}")
 
     async def _sample(self) -> None:
         """Look at processes and pages, for ever."""
         began = time.monotonic()
         while True:
             instances = await self._instances()
-            self._launcher.look(self._server.process.pid)
-            for one in instances:
-                self._workers.setdefault(one.pid, Life()).look(one.pid)
-            stats = [_Stats(hbm=one.hbm, dram=one.dram) for one in instances]
-            self._pages[0].append(time.monotonic() - began)
-            self._pages[1].append(sum(one.num_pages for one in stats))
+            now = time.monotonic()
+            sample = Sample(
+                seconds=now - began,
+                requests=self.findings.performance.num_requests,
+                launcher=self._launcher.look(self._server.process.pid),
+                workers=[self._look_at(one) for one in instances],
+            )
+            self._pages[0].append(now)
+            self._pages[1].append(sum(one.num_pages for one in sample.workers))
+            self._keep(sample)
             await asyncio.sleep(self._conditions.sample_every)
+
+    def _look_at(self, one: _Instance) -> WorkerSample:
+        return WorkerSample(
+            number=one.number,
+            epoch=one.epoch,
+            pid=one.pid,
+            num_pages=_Stats(hbm=one.hbm, dram=one.dram).num_pages,
+            held=self._workers.setdefault(one.pid, Life()).look(one.pid),
+        )
 
     async def _recount(self) -> None:
         """Let the instances recount their books under load, for ever."""

@@ -1,5 +1,8 @@
 """What a server holds while it runs: memory, open files and pages, sampled; and whether it grows.
 
+Something grows if a straight line through all samples says so, or if the mean of the last quarter of
+the run lies above that of the first: a leak is a line, and what rises in steps differs at the ends.
+
 Memory is what belongs to a process alone (`RssAnon` of Linux): arenas are shared and of fixed size,
 and which of a peer's pages a process happens to have mapped says nothing. Mappings of arenas are
 counted: a former life's must go.
@@ -35,20 +38,20 @@ class Holding(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass
 class Life:
-    """The samples of one process; times in seconds since it was first seen."""
+    """The samples of one process; times in seconds of the monotonic clock."""
 
-    began: float = field(default_factory=time.monotonic)
     times: list[float] = field(default_factory=list)
     holdings: list[Holding] = field(default_factory=list)
 
-    def look(self, pid: int) -> None:
-        """Take a sample; nothing if the process has just ended."""
+    def look(self, pid: int) -> Holding | None:
+        """Take a sample; None if the process has just ended."""
         try:
             holding = holding_of(pid)
         except OSError:
-            return
-        self.times.append(time.monotonic() - self.began)
+            return None
+        self.times.append(time.monotonic())
         self.holdings.append(holding)
+        return holding
 
 
 def holding_of(pid: int) -> Holding:
@@ -66,18 +69,27 @@ def holding_of(pid: int) -> Holding:
 
 
 class Growth(msgspec.Struct, frozen=True, kw_only=True):
-    """How much something grew over the run, by a straight line through the samples."""
+    """How much something grew over the run."""
 
     what: str
     mean: float
     growth: float | None
-    """None: too few samples after the warm-up to say."""
+    """By a straight line through the samples. None: too few after the warm-up to say."""
+    quarters: tuple[float, float] | None
+    """Means of the first and of the last quarter of the run; None as above."""
     tolerated: float
+
+    @property
+    def most(self) -> float | None:
+        """The larger growth of the two."""
+        steps = [] if self.quarters is None else [self.quarters[1] - self.quarters[0]]
+        lines = [] if self.growth is None else [self.growth]
+        return max(lines + steps, default=None)
 
     @property
     def grows(self) -> bool:
         """Whether that is more than may be."""
-        return self.growth is not None and self.growth > self.tolerated
+        return self.most is not None and self.most > self.tolerated
 
 
 def growths(who: str, lives: Sequence[Life]) -> list[Growth]:
@@ -92,7 +104,7 @@ def growths(who: str, lives: Sequence[Life]) -> list[Growth]:
 
 
 Series: TypeAlias = tuple[Sequence[float], Sequence[float]]
-"""Times in seconds, and values."""
+"""Times in seconds of one clock, and values."""
 
 
 def _series(lives: Sequence[Life], value: Callable[[Holding], float]) -> list[Series]:
@@ -103,8 +115,29 @@ def growth_of(what: str, series: Sequence[Series], tolerated: float) -> Growth:
     """Of one quantity; a share of its mean is tolerated in any case."""
     mean, growth = line_through(series)
     return Growth(
-        what=what, mean=mean, growth=growth, tolerated=max(tolerated, TOLERATED_SHARE * mean)
+        what=what,
+        mean=mean,
+        growth=growth,
+        quarters=quarters_of(series),
+        tolerated=max(tolerated, TOLERATED_SHARE * mean),
     )
+
+
+def _warm(times: Sequence[float], values: Sequence[float]) -> list[tuple[float, float]]:
+    """The samples of a series after its warm-up."""
+    pairs = zip(times, values, strict=True)
+    return [(at, value) for at, value in pairs if at - times[0] >= WARM_UP_S]
+
+
+def quarters_of(series: Iterable[Series]) -> tuple[float, float] | None:
+    """The means of the first and the last quarter of the time that all warm samples span."""
+    warm = [sample for times, values in series for sample in _warm(times, values)]
+    if len(warm) < LEAST_SAMPLES:
+        return None
+    at, value = np.array(warm).T
+    quarter = (at.max() - at.min()) / 4
+    ends = (value[at <= at.min() + quarter], value[at >= at.max() - quarter])
+    return float(ends[0].mean()), float(ends[1].mean())
 
 
 def line_through(series: Iterable[Series]) -> tuple[float, float | None]:
@@ -118,13 +151,13 @@ def line_through(series: Iterable[Series]) -> tuple[float, float | None]:
     everything: list[float] = []
     for times, values in series:
         everything += values
-        late = [(at, value) for at, value in zip(times, values, strict=True) if at >= WARM_UP_S]
-        if len(late) < 2:
+        warm = _warm(times, values)
+        if len(warm) < 2:
             continue
-        at, value = np.array(late).T
+        at, value = np.array(warm).T
         top += float(((at - at.mean()) * (value - value.mean())).sum())
         bottom += float(((at - at.mean()) ** 2).sum())
         longest = max(longest, float(at[-1] - at[0]))
-        num_samples += len(late)
+        num_samples += len(warm)
     mean = float(np.mean(everything)) if everything else 0.0
     return mean, top / bottom * longest if num_samples >= LEAST_SAMPLES and bottom else None

@@ -15,6 +15,10 @@ SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "chaos"
 HOLDING = Holding(memory_mib=50.0, num_files=20, num_arenas=0)
 
 
+def growth(line: float, quarters: tuple[float, float]) -> Growth:
+    return Growth(what="files", mean=20.0, growth=line, quarters=quarters, tolerated=8.0)
+
+
 def report(**changes: object) -> Report:
     values: dict[str, object] = {
         "model": "a model",
@@ -36,7 +40,7 @@ def report(**changes: object) -> Report:
         "left_behind": [],
         "launcher": (HOLDING, HOLDING),
         "workers": ([HOLDING], [HOLDING]),
-        "growths": [Growth(what="files", mean=20.0, growth=1.0, tolerated=8.0)],
+        "growths": [growth(1.0, (19.0, 20.0))],
     }
     return Report(**(values | changes))  # type: ignore[arg-type]
 
@@ -58,7 +62,8 @@ def test_a_run_without_complaint_has_no_violations() -> None:
         {"tracebacks": 1},
         {"workers": ([HOLDING], [Holding(memory_mib=50.0, num_files=23, num_arenas=0)])},
         {"server": {"convicted_requests": 1.0}},
-        {"growths": [Growth(what="files", mean=20.0, growth=9.0, tolerated=8.0)]},
+        {"growths": [growth(9.0, (19.0, 20.0))]},
+        {"growths": [growth(1.0, (10.0, 19.0))]},
     ],
 )
 def test_each_complaint_is_a_violation(changes: dict[str, object]) -> None:
@@ -75,9 +80,12 @@ def test_flags_of_the_server_replace_the_layout_and_not_what_a_comparison_needs(
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_some_seconds_of_chaos_do_no_harm() -> None:
+def test_some_seconds_of_chaos_do_no_harm(tmp_path: Path) -> None:
     run = subprocess.run(
-        [sys.executable, SCRIPT, "--model", "tiny", "--minutes", "0.3", "--every", "4"],
+        [
+            *(sys.executable, SCRIPT, "--model", "tiny", "--minutes", "0.3", "--every", "4"),
+            *("--samples-file", tmp_path / "samples"),
+        ],
         capture_output=True,
         timeout=390,
         check=False,
@@ -87,3 +95,6 @@ def test_some_seconds_of_chaos_do_no_harm() -> None:
     assert found["requests"] > 0
     assert found["server"]["worker_deaths"] >= found["blows"]["kill"] > 0
     assert found["wrong"] == found["failed"] == []
+    samples = [json.loads(line) for line in (tmp_path / "samples").read_text().splitlines()]
+    assert samples[0]["launcher"]["num_files"] > 0
+    assert {worker["number"] for worker in samples[0]["workers"]} == {0, 1, 2}
