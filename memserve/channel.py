@@ -53,8 +53,15 @@ class Channel(Generic[T]):
 
     @classmethod
     async def open(cls, sock: socket.socket, incoming: Any) -> "Channel[T]":  # noqa: ANN401
-        """Take over a connected stream socket; `incoming` is the union of types to expect."""
-        reader, writer = await asyncio.open_unix_connection(sock=sock)
+        """Take over a connected stream socket; `incoming` is the union of types to expect.
+
+        The socket is closed if that fails or is cancelled.
+        """
+        try:
+            reader, writer = await asyncio.open_unix_connection(sock=sock)
+        except BaseException:
+            sock.close()
+            raise
         return cls(reader, writer, incoming)
 
     @property

@@ -4,10 +4,7 @@ import argparse
 import asyncio
 import logging
 import os
-import signal
-import subprocess
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,20 +12,18 @@ from pathlib import Path
 import msgspec
 
 from memserve.bench.variants import Started, started
+from memserve.chaos.hosting import TINY, prepared, stop
 from memserve.chaos.plays import KINDS, Program
 from memserve.chaos.report import Report, pauses_of
 from memserve.chaos.run import Conditions, Findings, Run, Sample, open_http, touched_gaps
 from memserve.chaos.ties import count_ties
-from memserve.chaos.tiny import make_tiny
-from memserve.model.prepared import PreparedModel, prepare_in_child
-from memserve.paths import cache_dir
+from memserve.model.prepared import PreparedModel
 from memserve.workloads.catalog import VOCAB
 
 log = logging.getLogger(__name__)
 
 MAX_MODEL_LEN = 1024
 WORKER_TIMEOUT_S = 5.0
-TINY = "tiny"
 FLAGS = ("--prefill", "1", "--decode", "1", "--mixed", "1", "--no-calibration")
 """Unless others are given."""
 MEMORY = ("--kv-cache-memory", "128M", "--dram-cache-memory", "64M")
@@ -38,8 +33,6 @@ ALWAYS = (
     *("--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN)),
     *("--worker-timeout", str(WORKER_TIMEOUT_S), "--log-level", "info"),
 )
-STOP_TIMEOUT_S = 60
-GONE_TIMEOUT_S = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,15 +105,11 @@ def parse_options(arguments: Sequence[str]) -> Options:
 def run(options: Options) -> Report:
     """Start the server, let it suffer, stop it. Raises `UsageError`."""
     with tempfile.TemporaryDirectory() as folder:
-        source = options.model
-        if source == TINY:
-            like = prepare_in_child(None, cache=cache_dir())
-            source = str(make_tiny(Path(folder) / TINY, like, MAX_MODEL_LEN))
-        model = prepare_in_child(source, cache=cache_dir())
+        source, model = prepared(options.model, Path(folder), MAX_MODEL_LEN)
         log_file = options.log_file or Path(folder) / "log"
         with started("chaos", source, options.flags, log_file) as server:
             findings = asyncio.run(_go(options, server, model))
-            left_behind = _stop(server)
+            left_behind = stop(server)
         said = log_file.read_text()
     return _report(options, model, findings, said, left_behind)
 
@@ -147,36 +136,6 @@ async def _go(options: Options, server: Started, model: PreparedModel) -> Findin
 
         async with open_http(server.url) as http:
             return await Run(server, conditions, http, keep).go()
-
-
-def _stop(server: Started) -> list[str]:
-    """End the server; what is wrong with how it ends."""
-    workers = children(server.process.pid)
-    server.process.send_signal(signal.SIGTERM)
-    try:
-        status = server.process.wait(STOP_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        return ["the server does not end"]
-    wrong = [f"the server has ended with status {status}"] if status else []
-    deadline = time.monotonic() + GONE_TIMEOUT_S
-    while (left := [pid for pid in workers if alive(pid)]) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return wrong + [f"worker process {pid} is still there" for pid in left]
-
-
-def children(pid: int) -> list[int]:
-    """Process ids of the direct children of a process."""
-    tasks = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for task in tasks for child in task.read_text().split()]
-
-
-def alive(pid: int) -> bool:
-    """Whether a process has not ended."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] != "Z"
 
 
 def _report(

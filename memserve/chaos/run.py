@@ -13,14 +13,12 @@ from memserve.bench.scrape import look
 from memserve.bench.variants import Started
 from memserve.chaos.asking import Answer, Asked, ask
 from memserve.chaos.disturbing import Blow, Disturber, Worker
+from memserve.chaos.inspecting import Inspector, Shown
 from memserve.chaos.performing import Performance, User
 from memserve.chaos.plays import KINDS, Play, Program, rehearse
 from memserve.chaos.watching import Growth, Holding, Life, growth_of, growths, holding_of
-from memserve.errors import UsageError
 
-REST_TIMEOUT_S = 120.0
 REQUEST_TIMEOUT_S = 300.0
-POLL_S = 0.2
 COUNTERS = ("worker_deaths", "worker_restarts", "replayed_choices", "convicted_requests")
 REPLAYED = re.compile(r"request (\S+)-\d+, choice (\d+): goes on at token")
 TOLERATED_PAGES = 16.0
@@ -77,54 +75,6 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     workers: list[WorkerSample]
 
 
-class _Tier(msgspec.Struct):
-    active: int = 0
-    in_flight: int = 0
-
-
-class _Stats(msgspec.Struct):
-    num_running: int = 0
-    num_waiting: int = 0
-    num_incoming: int = 0
-    hbm: _Tier | None = None
-    dram: _Tier | None = None
-
-    @property
-    def num_pages(self) -> int:
-        """Held by requests and copies."""
-        return sum(tier.active + tier.in_flight for tier in (self.hbm, self.dram) if tier)
-
-    @property
-    def at_rest(self) -> bool:
-        return not (self.num_running or self.num_waiting or self.num_incoming or self.num_pages)
-
-
-class _Instance(msgspec.Struct):
-    """Of /admin/instances."""
-
-    number: int
-    epoch: int
-    pid: int
-    hbm: _Tier | None = None
-    dram: _Tier | None = None
-
-
-class _Instances(msgspec.Struct):
-    instances: list[_Instance]
-
-
-class _Book(msgspec.Struct):
-    """Of /admin/pool."""
-
-    name: str
-    stats: _Stats
-    problems: list[str]
-
-
-class _Books(msgspec.Struct):
-    instances: list[_Book]
-
-
 class Run:
     """One run on a server that was started for it."""
 
@@ -141,6 +91,7 @@ class Run:
         self._server = server
         self._conditions = conditions
         self._http = http
+        self._inspector = Inspector(http)
         self._launcher = Life()
         self._workers: dict[int, Life] = {}
         self._pages: tuple[list[float], list[float]] = ([], [])
@@ -152,11 +103,11 @@ class Run:
         plays = await rehearse(conditions.program, self._ask)
         await self._held_now()
         await self._perform(plays, time.monotonic() + conditions.seconds)
-        await self._all_serve()
+        await self._inspector.all_serve()
         last = User(conditions.num_users, conditions.program.seed, self._http, found.performance)
         for play in plays[: len(KINDS)]:
             await last.perform(play, leaves=0.0)
-        books = await self._at_rest()
+        books = await self._inspector.at_rest()
         found.pages_leaked = sum(book.stats.num_pages for book in books)
         found.problems += [f"{book.name}: {what}" for book in books for what in book.problems]
         await self._held_now()
@@ -198,22 +149,10 @@ class Run:
             for task in watching:
                 task.cancel()
 
-    # What the server says
-
-    async def _get(self, path: str) -> bytes | None:
-        """The body of an answer; None for an error, which a server in trouble may give."""
-        try:
-            async with self._http.get(path) as response:
-                return await response.read() if response.status == 200 else None
-        except (aiohttp.ClientError, OSError, TimeoutError):
-            return None
-
-    async def _instances(self) -> list[_Instance]:
-        body = await self._get("/admin/instances")
-        return [] if body is None else msgspec.json.decode(body, type=_Instances).instances
+    # What the server says and is told
 
     async def _list_workers(self) -> list[Worker]:
-        return [Worker(one.number, one.epoch, one.pid) for one in await self._instances()]
+        return [Worker(one.number, one.epoch, one.pid) for one in await self._inspector.instances()]
 
     async def _set_role(self, number: int, role: str) -> None:
         """Refused if nobody would be left for the other role; that is as good."""
@@ -229,7 +168,7 @@ class Run:
         """Look at processes and pages, for ever."""
         began = time.monotonic()
         while True:
-            instances = await self._instances()
+            instances = await self._inspector.instances()
             now = time.monotonic()
             sample = Sample(
                 seconds=now - began,
@@ -242,12 +181,12 @@ class Run:
             self._keep(sample)
             await asyncio.sleep(self._conditions.sample_every)
 
-    def _look_at(self, one: _Instance) -> WorkerSample:
+    def _look_at(self, one: Shown) -> WorkerSample:
         return WorkerSample(
             number=one.number,
             epoch=one.epoch,
             pid=one.pid,
-            num_pages=_Stats(hbm=one.hbm, dram=one.dram).num_pages,
+            num_pages=one.num_pages,
             held=self._workers.setdefault(one.pid, Life()).look(one.pid),
         )
 
@@ -255,33 +194,12 @@ class Run:
         """Let the instances recount their books under load, for ever."""
         while True:
             await asyncio.sleep(self._conditions.sample_every)
-            for book in await self._books():
+            for book in await self._inspector.books():
                 self.findings.num_audits += 1
                 self.findings.problems += [f"{book.name}: {what}" for what in book.problems]
 
-    async def _books(self) -> list[_Book]:
-        body = await self._get("/admin/pool")
-        return [] if body is None else msgspec.json.decode(body, type=_Books).instances
-
-    async def _all_serve(self) -> None:
-        """Return when every worker is back. Raises `UsageError` if one stays away."""
-        deadline = time.monotonic() + REST_TIMEOUT_S
-        while (health := await self._get("/health")) is None or b'"ok"' not in health:
-            if time.monotonic() > deadline:
-                raise UsageError(f"not all workers have come back: {health!r}")
-            await asyncio.sleep(POLL_S)
-
-    async def _at_rest(self) -> list[_Book]:
-        """The books when nothing is held any more, or when it should long be so."""
-        deadline = time.monotonic() + REST_TIMEOUT_S / 4
-        while True:
-            books = await self._books()
-            if (books and all(book.stats.at_rest for book in books)) or time.monotonic() > deadline:
-                return books
-            await asyncio.sleep(POLL_S)
-
     async def _held_now(self) -> None:
-        workers = [holding_of(one.pid) for one in await self._instances()]
+        workers = [holding_of(one.pid) for one in await self._inspector.instances()]
         self.findings.holdings.append((holding_of(self._server.process.pid), workers))
 
 

@@ -5,7 +5,7 @@ import os
 import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -150,10 +150,14 @@ class Instance:
 
     async def start(self) -> None:
         """Start the process and tell it what to run; `Ready` or `StartFailed` comes later."""
-        control, child_control = socket.socketpair()
-        self._descriptors, child_descriptors = socket.socketpair()
-        with child_control, child_descriptors:
+        with ExitStack() as ours, ExitStack() as theirs:
+            control, child_control = socket.socketpair()
+            ours.enter_context(control)
+            theirs.enter_context(child_control)
+            self._descriptors, child_descriptors = socket.socketpair()
+            theirs.enter_context(child_descriptors)
             self.process = await self._spawn(child_control, child_descriptors, self.plan)
+            ours.pop_all()
         self._channel = await Channel.open(control, ToLauncher)
         self.send(Configure(self.number, self.epoch, self.plan.engine))
 
@@ -170,9 +174,8 @@ class Instance:
                 match message:
                     case Ready():
                         assert self._descriptors is not None
-                        self._arena_descriptors = [
-                            receive_descriptor(self._descriptors) for _ in message.arenas
-                        ]
+                        for _ in message.arenas:
+                            self._arena_descriptors.append(receive_descriptor(self._descriptors))
                         self.ready = message
                         return
                     case StartFailed(reason):
@@ -238,7 +241,10 @@ class Instance:
     async def stop(self) -> None:
         """Ask the worker to leave, then insist; returns when the process has ended."""
         if self.process is not None and self.process.returncode is None:
-            self.send(Shutdown())
+            if self._channel is None:  # its start was given up halfway
+                self.kill()
+            else:
+                self.send(Shutdown())
             try:
                 async with asyncio.timeout(STOP_TIMEOUT_S):
                     await self.process.wait()

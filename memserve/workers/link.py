@@ -117,9 +117,12 @@ class Link:
         except ChannelClosed as error:
             logger.error("nothing more is read: %s", error)  # noqa: TRY400 - no fault of this side
         finally:
-            self._end_tasks()
-            self._loop.close()
-            self.inbox.put(Hangup())
+            try:
+                self._end_tasks()
+            finally:
+                self._loop.close()
+                self.inbox.put(Hangup())
+                self._opened.set()  # nobody waits for a channel that could not be opened
 
     def _end_tasks(self) -> None:
         """What was begun while the last message was read: a call of `close` may have come then."""

@@ -53,6 +53,12 @@ class FakeWorker:
         self.heard: list[msgspec.Struct] = []
         self._channel: Channel[ToWorker]
         self._task = asyncio.create_task(self._run())
+        self._task.add_done_callback(self._let_go)
+
+    def _let_go(self, _: "asyncio.Task[None]") -> None:
+        """Also when it was killed before it ran at all."""
+        self._control.close()
+        self._descriptors.close()
 
     async def _run(self) -> None:
         self._channel = await Channel.open(self._control, ToWorker)
@@ -64,7 +70,6 @@ class FakeWorker:
                     self._hear(message)
         finally:
             await self._channel.close()
-            self._descriptors.close()
 
     def _hear(self, message: ToWorker) -> None:
         match message:

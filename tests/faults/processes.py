@@ -6,7 +6,7 @@ import socket
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 
 import msgspec
 
@@ -53,7 +53,7 @@ class FaultyProcess:
 
     async def _read(self) -> None:
         with suppress(ConnectionError):  # it was killed with something unread
-            while line := await self._reader.readline():
+            while (line := await self._reader.readline()).endswith(b"\n"):
                 async with self._changed:
                     self._struck[msgspec.json.decode(line, type=Struck).place] += 1
                     self._changed.notify_all()
@@ -69,7 +69,8 @@ class FaultyProcesses:
         self, control: socket.socket, descriptors: socket.socket, plan: InstancePlan
     ) -> WorkerProcess:
         ours, theirs = socket.socketpair()
-        with theirs:
+        with theirs, ExitStack() as unless_started:
+            unless_started.enter_context(ours)
             inherited = (control.fileno(), descriptors.fileno(), theirs.fileno())
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -83,6 +84,7 @@ class FaultyProcesses:
                 pass_fds=inherited,
                 env=os.environ | thread_environment(plan.cores),
             )
+            unless_started.pop_all()
         self.started.append(FaultyProcess(*await asyncio.open_connection(sock=ours)))
         return process
 
@@ -94,5 +96,6 @@ async def faulty_processes() -> AsyncIterator[FaultyProcesses]:
     try:
         yield made
     finally:
-        for process in made.started:
-            await process.close()
+        async with AsyncExitStack() as closing:
+            for process in made.started:
+                closing.push_async_callback(process.close)
