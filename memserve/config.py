@@ -65,6 +65,9 @@ class ServeConfig:
     max_model_len: int | None = _flag(
         None, "Longest prompt plus answer in tokens [default: the model's own limit]."
     )
+    enforce_eager: bool = _flag(
+        False, "Launch each step's kernels one by one instead of replaying CUDA graphs; GPUs only."
+    )
     block_size: int = _flag(16, "Tokens in one KV block.")
     gpu_memory_utilization: float = _flag(
         0.92,
@@ -200,6 +203,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`chunk`, `request` or `layer`: when a prompt's blocks are published to its decode instance."""
     group_timeout: float = 5.0
     """Seconds without a sign of life after which another rank of a group is given up."""
+    enforce_eager: bool = False
     num_threads: int
     log_level: str
 

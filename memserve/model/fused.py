@@ -21,8 +21,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from memserve.model.attention.native import Kernels
-from memserve.model.attention.paged import PagedBatch
+from memserve.model.attention.batch import Batch, Rotation
+from memserve.model.layer_ops import LayerOps
 from memserve.model.linear import Linear, Linears
 
 FUSABLE = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
@@ -50,16 +50,16 @@ class FusedLayer:
 
 
 class FusedDecoder:
-    """A whole model from token ids to logits, on the CPU."""
+    """A whole model from token ids to logits."""
 
     def __init__(
         self,
         module: PreTrainedModel,
-        kernels: Kernels,
+        ops: LayerOps,
         linears: Linears,
         windows: list[int | None],
     ) -> None:
-        self._kernels = kernels
+        self._ops = ops
         body = module.get_decoder()
         self._embedding = module.get_input_embeddings().weight.data
         self._rotary = body.rotary_emb
@@ -67,12 +67,11 @@ class FusedDecoder:
         self._epsilon: float = body.norm.variance_epsilon
         self._head = linears.stack([module.lm_head])
         self._layers = [
-            _take_layer(layer, kernels, linears, window)
+            _take_layer(layer, ops, linears, window)
             for layer, window in zip(body.layers, windows, strict=True)
         ]
-        self._is_bfloat16 = int(self._embedding.dtype == torch.bfloat16)
 
-    def forward(self, batch: PagedBatch) -> torch.Tensor:
+    def forward(self, batch: Batch) -> torch.Tensor:
         """Logits [N, vocab_size] of the step's output rows, in the model's dtype."""
         step = batch.step
         residual = self._embedding[step.token_ids]
@@ -92,7 +91,7 @@ class FusedDecoder:
 
     def _rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and sine float32 [T, head_dim / 2], by the model's own rotary embedding."""
-        like = torch.empty(0, dtype=torch.float32)
+        like = torch.empty(0, dtype=torch.float32, device=positions.device)
         cosine, sine = self._rotary(like, position_ids=positions[None])
         half = cosine.shape[-1] // 2
         return cosine[0, :, :half].contiguous(), sine[0, :, :half].contiguous()
@@ -104,49 +103,29 @@ class FusedDecoder:
         weight: torch.Tensor,
         target: torch.Tensor,
     ) -> None:
-        self._kernels.add_norm(
-            residual.data_ptr(),
-            None if delta is None else delta.data_ptr(),
-            weight.data_ptr(),
-            target.data_ptr(),
-            residual.shape[0],
-            residual.shape[1],
-            self._epsilon,
-            self._is_bfloat16,
-        )
+        self._ops.add_norm(residual, delta, weight, target, self._epsilon)
 
     def _attend(
         self,
         index: int,
         layer: FusedLayer,
         qkv: torch.Tensor,
-        batch: PagedBatch,
+        batch: Batch,
         cosine: torch.Tensor,
         sine: torch.Tensor,
     ) -> torch.Tensor:
         """Rotate, write K and V, attend: qkv [T, (Hq + 2 Hkv) * D] to [T, Hq * D]."""
-        native = batch.native
-        self._kernels.rotate_and_write(
-            batch.native_pointer,
-            index,
-            qkv.data_ptr(),
-            cosine.data_ptr(),
-            sine.data_ptr(),
-            None if layer.query_norm is None else layer.query_norm.data_ptr(),
-            None if layer.key_norm is None else layer.key_norm.data_ptr(),
-            self._epsilon,
-        )
-        batch.wrote(index)
-        heads, width = native.num_query_heads, native.head_dim
-        output = qkv.new_empty(qkv.shape[0], heads * width)
-        query = qkv[:, : heads * width]
-        batch.attend(index, query, output, scale=layer.scale, window=layer.window)
+        rotation = Rotation(cosine, sine, layer.query_norm, layer.key_norm, self._epsilon)
+        batch.rotate_and_write(index, qkv, rotation)
+        width = batch.attended_width
+        output = qkv.new_empty(qkv.shape[0], width)
+        batch.attend(index, qkv[:, :width], output, scale=layer.scale, window=layer.window)
         return output
 
 
 def _take_layer(
     layer: Any,  # noqa: ANN401
-    kernels: Kernels,
+    ops: LayerOps,
     linears: Linears,
     window: int | None,
 ) -> FusedLayer:
@@ -159,7 +138,7 @@ def _take_layer(
         key_norm=_norm_weight(attention, "k_norm"),
         output=linears.stack([attention.o_proj]),
         post_norm=layer.post_attention_layernorm.weight.data,
-        gated=linears.gate(mlp.gate_proj, mlp.up_proj, kernels),
+        gated=linears.gate(mlp.gate_proj, mlp.up_proj, ops),
         down=linears.stack([mlp.down_proj]),
         scale=attention.scaling,
         window=window,

@@ -17,6 +17,7 @@ import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from torch import nn
 
 from memserve.model.attention.native import Kernels
+from memserve.model.layer_ops import LayerOps
 
 log = logging.getLogger(__name__)
 
@@ -68,12 +69,13 @@ class Linears:
             case _:
                 assert_never(self._kind)
 
-    def gate(self, gate: nn.Linear, up: nn.Linear, kernels: Kernels) -> Linear:
+    def gate(self, gate: nn.Linear, up: nn.Linear, ops: LayerOps) -> Linear:
         """SiLU(gate(x)) * up(x) of two layers of one size; takes their weights away."""
         is_plain = gate.bias is None and gate.weight.dtype == torch.bfloat16
         if self._kind is Kind.TILES and is_plain:
-            return TiledLinear(kernels, [_take(gate), _take(up)])
-        return StackedGate(kernels, self.stack([gate, up]))
+            assert self._kernels is not None
+            return TiledLinear(self._kernels, [_take(gate), _take(up)])
+        return StackedGate(ops, self.stack([gate, up]))
 
     def replace(self, module: nn.Module) -> None:
         """Give every bfloat16 linear layer in the module a packed weight in place of its own."""
@@ -169,18 +171,13 @@ class TiledLinear:
 class StackedGate:
     """SiLU(gate(x)) * up(x) of a layer that computes gate and up side by side."""
 
-    def __init__(self, kernels: Kernels, gate_up: Linear) -> None:
-        self._silu_times = kernels.silu_times
+    def __init__(self, ops: LayerOps, gate_up: Linear) -> None:
+        self._ops = ops
         self._gate_up = gate_up
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """[T, in] to [T, out]."""
-        both = self._gate_up(rows)
-        count, width = both.shape[0], both.shape[1] // 2
-        target = both.new_empty(count, width)
-        is_bfloat16 = int(both.dtype == torch.bfloat16)
-        self._silu_times(both.data_ptr(), target.data_ptr(), count, width, is_bfloat16)
-        return target
+        return self._ops.silu_times(self._gate_up(rows))
 
 
 def _pack(kernels: Kernels, weights: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -5,6 +5,8 @@ after it.
 """
 
 import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,19 +14,36 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.utils.logging import disable_progress_bar
 
 from memserve.errors import ModelNotFound, UnsupportedModel
+from memserve.model.attention.batch import Attention
 from memserve.model.attention.native import load_kernels
 from memserve.model.attention.paged import PagedAttention
 from memserve.model.fused import FusedDecoder, can_fuse
-from memserve.model.linear import choose_linears
+from memserve.model.layer_ops import LayerOps, NativeLayerOps
+from memserve.model.linear import Kind, Linears, choose_linears
 from memserve.model.model import Model, Transformer
 from memserve.model.probe import disagreement, eager_logits, probe_sequences
 from memserve.model.rotary import fix_longrope
+from memserve.model.spec import ModelSpec
 from memserve.model.support import check_config, layer_windows, model_spec
 from memserve.pool.refs import DType
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES: dict[str, dict[DType, torch.dtype]] = {
+    "cpu": {"float32": torch.float32, "bfloat16": torch.bfloat16},
+    "cuda": {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16},
+}
+"""What each type of device computes in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """What computes on one device."""
+
+    attention: Attention
+    linears: Linears
+    ops: LayerOps | None
+    """None: only transformers' own layers can run."""
 
 
 def load_model(
@@ -32,17 +51,37 @@ def load_model(
 ) -> Model:
     """Load the Hugging Face checkpoint in `folder` and check that it computes what it should.
 
-    `max_model_len` None: as long as the configuration allows. `block_size` is the arena's, for the
-    check. Raises `ModelNotFound` if there is no checkpoint, `UnsupportedModel` with the reason if
-    this engine can't serve it.
+    `device` is `cpu`, `cuda` or `cuda:N`. `max_model_len` None: as long as the configuration allows.
+    `block_size` is the arena's, for the check. Raises `ModelNotFound` if there is no checkpoint,
+    `UnsupportedModel` with the reason if this engine can't serve it there.
     """
-    if device != "cpu":
-        raise UnsupportedModel(f"device {device} isn't supported yet, only cpu")
-    if dtype not in DTYPES:
-        raise UnsupportedModel(f"{dtype} isn't supported on the CPU, only {' and '.join(DTYPES)}")
+    place = check_device(device, dtype)
     config = _read_config(folder)
     check_config(config)
-    module = _load_module(folder, config, DTYPES[dtype])
+    return assemble(
+        lambda: _load_module(folder, config, DTYPES[place.type][dtype]),
+        config,
+        device=place,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        block_size=block_size,
+    )
+
+
+def assemble(
+    load: Callable[[], PreTrainedModel],
+    config: PretrainedConfig,
+    *,
+    device: torch.device,
+    dtype: DType,
+    max_model_len: int | None,
+    block_size: int,
+) -> Model:
+    """A `Model` of the module that `load` gives, checked; it may be asked for a second one.
+
+    The rest as for `load_model`, whose errors it raises, too.
+    """
+    module = _moved(load(), device)
     spec = model_spec(
         config,
         architecture=type(module).__name__,
@@ -54,24 +93,70 @@ def load_model(
     sequences = probe_sequences(spec)
     expected = eager_logits(module, sequences)
     windows = layer_windows(config.get_text_config())
-    kernels = load_kernels()
-    linears = choose_linears(kernels, DTYPES[dtype])
-    attention = PagedAttention(kernels, num_query_heads=spec.num_query_heads, windows=windows)
-    if kernels is not None and can_fuse(module):
-        model = Model(spec, FusedDecoder(module, kernels, linears, windows), attention)
+    backend = _backend(spec, windows, device)
+    attention = backend.attention
+    if backend.ops is not None and can_fuse(module):
+        decoder = FusedDecoder(module, backend.ops, backend.linears, windows)
+        model = Model(spec, decoder, attention, device)
         problem = disagreement(model, sequences, expected, block_size)
         if problem is None:
             log.info("%s runs fused, attention %s", spec.architecture, attention.name)
             return model
-        log.warning("the fused path can't serve %s, transformers' own will: %s", folder, problem)
-        module = _load_module(folder, config, DTYPES[dtype])
+        log.warning(
+            "the fused path can't serve this %s, transformers' own will: %s",
+            config.model_type,
+            problem,
+        )
+        del decoder, model
+        module = _moved(load(), device)
         fix_longrope(module, spec.max_model_len)
-    model = Model(spec, Transformer(module, linears), attention)
+    model = Model(spec, Transformer(module, backend.linears), attention, device)
     problem = disagreement(model, sequences, expected, block_size)
     if problem is not None:
         raise UnsupportedModel(f"{config.model_type}: {problem}")
     log.info("%s runs by transformers, attention %s", spec.architecture, attention.name)
     return model
+
+
+def check_device(device: str, dtype: DType) -> torch.device:
+    """The torch device named so; `UnsupportedModel` if it isn't here or can't compute in `dtype`."""
+    if device.partition(":")[0] not in DTYPES:
+        raise UnsupportedModel(f"device {device} isn't supported, only {' and '.join(DTYPES)}")
+    place = torch.device(device)
+    if dtype not in DTYPES[place.type]:
+        raise UnsupportedModel(
+            f"{dtype} isn't supported on {place.type}, only {' and '.join(DTYPES[place.type])}"
+        )
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedModel("torch finds no CUDA device here")
+    return place
+
+
+def _backend(spec: ModelSpec, windows: Sequence[int | None], device: torch.device) -> Backend:
+    dtype = DTYPES[device.type][spec.dtype]
+    if device.type == "cuda":
+        # Triton comes with torch for CUDA, and nothing else needs it.
+        from memserve.model.attention.triton_paged import TritonAttention
+        from memserve.model.triton_ops import TritonLayerOps
+
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        attention = TritonAttention(
+            num_query_heads=spec.num_query_heads, windows=windows, num_processors=multiprocessors
+        )
+        return Backend(attention, Linears(None, Kind.PLAIN), TritonLayerOps())
+    kernels = load_kernels()
+    return Backend(
+        PagedAttention(kernels, num_query_heads=spec.num_query_heads, windows=windows),
+        choose_linears(kernels, dtype),
+        None if kernels is None else NativeLayerOps(kernels),
+    )
+
+
+def _moved(module: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    try:
+        return module.to(device).eval()
+    except torch.OutOfMemoryError as error:
+        raise UnsupportedModel(f"the weights don't fit into {device}'s memory: {error}") from error
 
 
 def _read_config(folder: Path) -> PretrainedConfig:
@@ -91,7 +176,7 @@ def _load_module(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> 
         )
     except OSError as error:
         raise ModelNotFound(f"{folder}: {error}") from error
-    return module.eval()
+    return module
 
 
 def _eos_token_ids(module: PreTrainedModel) -> list[int]:

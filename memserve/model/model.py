@@ -9,17 +9,19 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedModel
 
+from memserve.model.attention.batch import Attention, Batch
 from memserve.model.attention.interface import IMPLEMENTATION, register
-from memserve.model.attention.paged import PagedAttention, PagedBatch
 from memserve.model.linear import Linears
 from memserve.model.spec import ModelSpec
 from memserve.model.step import LayerWritten, StepInput
+
+CPU = torch.device("cpu")
 
 
 class Network(Protocol):
     """What computes a step's logits."""
 
-    def forward(self, batch: PagedBatch) -> torch.Tensor:
+    def forward(self, batch: Batch) -> torch.Tensor:
         """Logits [N, vocab_size] of the step's output rows."""
 
 
@@ -32,7 +34,7 @@ class Transformer:
         linears.replace(module)
         self._module = module
 
-    def forward(self, batch: PagedBatch) -> torch.Tensor:
+    def forward(self, batch: Batch) -> torch.Tensor:
         """Logits [N, vocab_size] of the step's output rows, in the model's dtype."""
         step = batch.step
         output = self._module(
@@ -49,8 +51,15 @@ class Transformer:
 class Model:
     """A language model over paged KV. One step at a time."""
 
-    def __init__(self, spec: ModelSpec, network: Network, attention: PagedAttention) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        network: Network,
+        attention: Attention,
+        device: torch.device = CPU,
+    ) -> None:
         self.spec = spec
+        self.device = device
         self._network = network
         self._attention = attention
 
@@ -62,7 +71,7 @@ class Model:
     @property
     def reads_in_place(self) -> bool:
         """Whether it can attend to blocks of other arenas where they lie."""
-        return self._attention.kernels is not None
+        return self._attention.reads_in_place
 
     @torch.inference_mode()
     def forward(
@@ -71,6 +80,7 @@ class Model:
         """Logits float32 [N, vocab_size] of `step.output_rows`; writes the step's K and V.
 
         `arena` is [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim] of the spec's
-        dtype, each block contiguous. `written` is told of each layer before its attention.
+        dtype, each block contiguous; it and the step lie on the model's device. `written` is told of
+        each layer before its attention.
         """
         return self._network.forward(self._attention.begin(step, arena, written)).float()

@@ -14,10 +14,10 @@ from memserve.model.step import StepInput
 
 LENGTHS = (40, 13)
 """Tokens of the two sequences, where the model takes as many."""
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3}
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.3}
 """Of the difference's norm to the logits' norm. On random tokens bfloat16 alone makes up to 0.2; a
 wrong attention makes about 1."""
-SHARE = {torch.float32: 1.0, torch.bfloat16: 0.75}
+SHARE = {torch.float32: 1.0, torch.bfloat16: 0.75, torch.float16: 0.75}
 """Positions that must agree: in half precision an expert's choice may flip at a few."""
 
 
@@ -33,7 +33,8 @@ def eager_logits(module: PreTrainedModel, sequences: list[torch.Tensor]) -> list
     """Logits [length, vocab] of each sequence by the model's own eager attention."""
     module.set_attn_implementation("eager")
     return [
-        module(input_ids=tokens[None], use_cache=False).logits[0].float() for tokens in sequences
+        module(input_ids=tokens[None].to(module.device), use_cache=False).logits[0].float()
+        for tokens in sequences
     ]
 
 
@@ -49,12 +50,12 @@ def packed_logits(
     num_blocks = len(sequences) * width
     dtype = getattr(torch, spec.dtype)
     shape = (num_blocks, spec.num_layers, 2, block_size, spec.num_kv_heads, spec.head_dim)
-    arena = torch.full(shape, torch.nan, dtype=dtype)
+    arena = torch.full(shape, torch.nan, dtype=dtype, device=model.device)
     # Every second block, from the end: neither contiguous nor in order.
     table = torch.arange(num_blocks - 1, -1, -1, dtype=torch.int32).view(width, -1).T.contiguous()
     collected: list[list[torch.Tensor]] = [[] for _ in sequences]
     for begin, stop in (((0, 0), splits), (splits, ends)):
-        logits = model.forward(_step(sequences, begin, stop, table), arena)
+        logits = model.forward(_step(sequences, begin, stop, table).to(model.device), arena)
         counts = [b - a for a, b in zip(begin, stop, strict=True)]
         for rows, part in zip(collected, torch.split(logits, counts), strict=True):
             rows.append(part)

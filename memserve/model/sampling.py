@@ -63,7 +63,7 @@ def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
     on_host: Floats | None = None
     drawn: list[Sampled] = []
     for index, row in enumerate(rows):
-        if _is_plain_greedy(row):
+        if is_plain_greedy(row):
             if greedy is None:
                 greedy = logits.argmax(-1).tolist()
             drawn.append(Sampled(greedy[index]))
@@ -89,15 +89,16 @@ def _mixed(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def _is_plain_greedy(row: SampleRow) -> bool:
+def is_plain_greedy(row: SampleRow) -> bool:
+    """Whether the likeliest token of the untouched logits is all that is wanted."""
     return (
         row.sampling.temperature < GREEDY_BELOW
         and row.sampling.logprobs is None
-        and not _is_shaped(row)
+        and not is_shaped(row)
     )
 
 
-def _is_shaped(row: SampleRow) -> bool:
+def is_shaped(row: SampleRow) -> bool:
     """Whether anything changes the logits before the temperature does."""
     params = row.sampling
     return (
@@ -110,7 +111,7 @@ def _is_shaped(row: SampleRow) -> bool:
 
 
 def _sample_row(raw: Floats, row: SampleRow) -> Sampled:
-    shaped = _shape(raw, row) if _is_shaped(row) else raw
+    shaped = _shape(raw, row) if is_shaped(row) else raw
     greedy = row.sampling.temperature < GREEDY_BELOW
     token = int(shaped.argmax()) if greedy else _draw(shaped, row)
     if row.sampling.logprobs is None:

@@ -15,7 +15,7 @@ LayerWritten = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class StepInput:
-    """T tokens of S sequences, all tensors contiguous on the CPU.
+    """T tokens of S sequences, all tensors contiguous on one device.
 
     Position p of sequence s has its KV in block `block_table[s, p // block_size]`, row
     `p % block_size`. All KV before a slice must be in the arena already; the step writes its own.
@@ -35,5 +35,27 @@ class StepInput:
     """int64 [N]: the tokens, counted in the step, whose logits are wanted"""
     offsets: torch.Tensor | None = None
     """int64 [S, max_blocks]: elements from the arena's first to each block's, for blocks that lie in
-    other arenas too; these are only read, and only the compiled kernels can. None: all lie in the
-    arena that the step is run on, at their numbers."""
+    other arenas too; these are only read, and only kernels can. None: all lie in the arena that the
+    step is run on, at their numbers."""
+    table_stride: torch.Tensor | None = None
+    """int64 [1], only with `offsets` in a captured graph: elements from one row of them to the next,
+    in place of the tensor's own stride."""
+
+    def to(self, device: torch.device) -> "StepInput":
+        """The step on that device; the copies are ordered before what is launched there later."""
+        if device == self.token_ids.device:
+            return self
+
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return StepInput(
+            token_ids=moved(self.token_ids),
+            positions=moved(self.positions),
+            query_start=moved(self.query_start),
+            kv_len=moved(self.kv_len),
+            block_table=moved(self.block_table),
+            output_rows=moved(self.output_rows),
+            offsets=None if self.offsets is None else moved(self.offsets),
+            table_stride=None if self.table_stride is None else moved(self.table_stride),
+        )

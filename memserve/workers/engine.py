@@ -234,7 +234,7 @@ class Engine:
         others = [self._turns.written] if self._turns.num_ranks > 1 else []
         progress = self._progress
         if progress is None or not self._departures.announce(slices, progress.next_step):
-            return self._runner.run(slices, self._pulse.after(*others))
+            return self._runner.run(slices, self._pulse.after(*others), is_followed=bool(others))
         progress.begin()
         sampled = self._runner.run(slices, self._pulse.after(progress.written, *others))
         progress.end()

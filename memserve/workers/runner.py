@@ -10,6 +10,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from memserve.model.device_sampling import sample_on_device
+from memserve.model.graphs import DecodeGraphs, cuda_recorder
 from memserve.model.model import Model
 from memserve.model.sampling import Sampled, SampleRow, sample
 from memserve.model.step import LayerWritten, StepInput
@@ -20,10 +22,17 @@ from memserve.workers.sequence import Sequence, Slice
 class StepRunner(Protocol):
     """Computes a step, as `Runner` does."""
 
-    def run(self, slices: Items[Slice], written: LayerWritten | None = None) -> list[Sampled]:
+    def run(
+        self,
+        slices: Items[Slice],
+        written: LayerWritten | None = None,
+        *,
+        is_followed: bool = True,
+    ) -> list[Sampled]:
         """Write the KV of all slices; one result for each that samples, in their order.
 
-        `written` may be told of the layers as they are written.
+        `written` may be told of the layers as they are written. Unless it `is_followed`, nobody reads
+        them before the step's end, and it may be told less, or nothing.
         """
         ...
 
@@ -38,22 +47,70 @@ class Runner:
         *,
         eos_token_ids: tuple[int, ...],
         space: BlockSpace | None = None,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
-        """`space` knows the blocks that lie elsewhere than in `arena`; without it there are none."""
+        """`space` knows the blocks that lie elsewhere than in `arena`; without it there are none.
+
+        `arena` lies on the model's device. `graphs` of them serve the steps that they can.
+        """
         self._model = model
         self._arena = arena
         self._eos_token_ids = eos_token_ids
         self._space = space
+        self._graphs = graphs
 
-    def run(self, slices: Items[Slice], written: LayerWritten | None = None) -> list[Sampled]:
+    def run(
+        self,
+        slices: Items[Slice],
+        written: LayerWritten | None = None,
+        *,
+        is_followed: bool = True,
+    ) -> list[Sampled]:
         """Write the KV of all slices and sample for those that end at their newest token.
 
         Returns one `Sampled` per sampling slice, in the order of the slices. `written` is told of
-        each layer whose KV is written.
+        each layer whose KV is written; on a GPU only if it `is_followed`, since the host must wait
+        for each layer then.
         """
-        logits = self._model.forward(step_input(slices, self._space), self._arena, written)
+        on_gpu = self._model.device.type == "cuda"
+        if on_gpu and not is_followed:
+            written = None
+        logits = self._forward(step_input(slices, self._space), written)
         rows = [sample_row(part.sequence, self._eos_token_ids) for part in slices if part.samples]
-        return sample(logits, rows)
+        return sample_on_device(logits, rows) if on_gpu else sample(logits, rows)
+
+    def _forward(self, step: StepInput, written: LayerWritten | None) -> torch.Tensor:
+        if self._graphs is not None and written is None:
+            logits = self._graphs.forward(step)
+            if logits is not None:
+                return logits
+        return self._model.forward(step.to(self._model.device), self._arena, written)
+
+
+def build_runner(
+    model: Model,
+    arena: torch.Tensor,
+    *,
+    eos_token_ids: tuple[int, ...],
+    max_num_seqs: int,
+    enforce_eager: bool,
+    space: BlockSpace | None = None,
+) -> Runner:
+    """A runner on the model's device, where `arena` lies, too.
+
+    On a GPU it records graphs of decode steps of up to `max_num_seqs` sequences, which takes some
+    seconds; not with `enforce_eager`.
+    """
+    graphs = None
+    if model.device.type == "cuda" and not enforce_eager:
+        graphs = DecodeGraphs(
+            model,
+            arena,
+            max_num_seqs=max_num_seqs,
+            max_model_len=model.spec.max_model_len,
+            record=cuda_recorder(),
+        )
+    return Runner(model, arena, eos_token_ids=eos_token_ids, space=space, graphs=graphs)
 
 
 def step_input(slices: Items[Slice], space: BlockSpace | None = None) -> StepInput:

@@ -15,7 +15,7 @@ from memserve.pool.refs import ArenaLayout
 from memserve.workers.engine import Engine
 from memserve.workers.link import Link
 from memserve.workers.memory import WorkerMemory
-from memserve.workers.runner import Runner
+from memserve.workers.runner import build_runner
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,14 @@ def serve(configure: Configure, link: Link, descriptors: socket.socket) -> None:
         config,
         link,
         memory.pool,
-        Runner(model, memory.hbm.tensor, eos_token_ids=config.eos_token_ids, space=memory.space),
+        build_runner(
+            model,
+            memory.hbm.tensor,
+            eos_token_ids=config.eos_token_ids,
+            max_num_seqs=config.max_num_seqs,
+            enforce_eager=config.enforce_eager,
+            space=memory.space,
+        ),
         start_copy=memory.copier.start,
         start_swap=memory.copier.start_swap,
         start_pull=memory.copier.start_pull,

@@ -8,6 +8,7 @@ import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from torch import nn
 
 from memserve.model.attention.native import Kernels, load_kernels
+from memserve.model.layer_ops import NativeLayerOps
 from memserve.model.linear import Kind, Linear, Linears, TiledLinear, choose_linears
 
 ROUNDING = 2**-8
@@ -122,7 +123,7 @@ def test_gate_and_up_are_multiplied_and_joined(
     for rows in inputs:
         a, b = in_float([gate, up], rows)
         wanted.append(F.silu(a) * b)
-    multiply = linears.gate(gate, up, kernels)
+    multiply = linears.gate(gate, up, NativeLayerOps(kernels))
     for rows, want in zip(inputs, wanted, strict=True):
         # Where gate and up are rounded before they are joined, the roundings add up.
         assert_rounded(multiply(rows), want, steps=6)
@@ -185,7 +186,7 @@ def test_rows_of_another_size_or_type_are_not_read(tiles: Linears) -> None:
 def test_packing_takes_the_weights_away(linears: Linears, kernels: Kernels) -> None:
     given = [layer(64, 32) for _ in range(3)]
     linears.stack(given[:1])
-    linears.gate(given[1], given[2], kernels)
+    linears.gate(given[1], given[2], NativeLayerOps(kernels))
     assert [each.weight.numel() for each in given] == [0, 0, 0]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from memserve.model.attention.paged import PagedAttention, PagedBatch
+from memserve.model.attention.batch import Attention, Batch
 from memserve.model.fused import FusedDecoder
 from memserve.model.loading import load_model
 from memserve.model.model import Model, Transformer
@@ -28,7 +28,7 @@ class Mutant:
 
     def __init__(
         self,
-        attention: PagedAttention,
+        attention: Attention,
         *,
         step: Callable[[StepInput], StepInput] = lambda step: step,
         shift_window: int = 0,
@@ -39,7 +39,7 @@ class Mutant:
 
     def begin(
         self, step: StepInput, arena: torch.Tensor, written: LayerWritten | None = None
-    ) -> PagedBatch:
+    ) -> Batch:
         batch = self._attention.begin(self._step(step), arena, written)
         attend = batch.attend
 

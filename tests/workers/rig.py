@@ -109,7 +109,13 @@ class OracleRunner:
         self._poisoned: set[int] = set()
         self._to_check: list[tuple[Slice, int, Numbers, Numbers, npt.NDArray[np.float32]]] = []
 
-    def run(self, slices: Sequence[Slice], written: LayerWritten | None = None) -> list[Sampled]:
+    def run(
+        self,
+        slices: Sequence[Slice],
+        written: LayerWritten | None = None,
+        *,
+        is_followed: bool = True,
+    ) -> list[Sampled]:
         self._before_step(slices)
         self._to_check.clear()
         self._poisoned.clear()

@@ -1,6 +1,6 @@
 """The seam with transformers: an attention function that its models call in every layer.
 
-The function finds the step's `PagedBatch` in the keyword argument `memserve_batch`, which models
+The function finds the step's `Batch` in the keyword argument `memserve_batch`, which models
 pass on untouched. Any other argument that could change the result is refused, not ignored.
 """
 
@@ -10,7 +10,7 @@ import torch
 from transformers import AttentionInterface
 
 from memserve.errors import UnsupportedModel
-from memserve.model.attention.paged import PagedBatch, rows_contiguous
+from memserve.model.attention.batch import Batch, rows_contiguous
 
 IMPLEMENTATION = "memserve"
 
@@ -31,8 +31,8 @@ def paged_attention_forward(
     query [1, Hq, T, D], key and value [1, Hkv, T, D], rotated. Returns [1, T, Hq, D]. Raises
     `UnsupportedModel` for an argument that paged attention doesn't know.
     """
-    batch = arguments.pop("memserve_batch", None)
-    if not isinstance(batch, PagedBatch):
+    batch: Batch | None = arguments.pop("memserve_batch", None)
+    if batch is None:
         raise UnsupportedModel("the model doesn't pass keyword arguments on to its attention")
     scale = arguments.pop("scaling", None)
     window = arguments.pop("sliding_window", None)

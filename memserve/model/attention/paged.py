@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from memserve.errors import UnsupportedModel
+from memserve.model.attention.batch import LayerChecks, LayerFollower, Rotation, rows_contiguous
 from memserve.model.attention.gathered import (
     ContextGatherer,
     grouped_attention,
@@ -62,6 +63,11 @@ class PagedAttention:
         return "cpu-sdpa" if self.kernels is None else "cpu-native"
 
     @property
+    def reads_in_place(self) -> bool:
+        """As `Attention.reads_in_place`."""
+        return self.kernels is not None
+
+    @property
     def long_chunks(self) -> str:
         """For the log: what multiplies the long chunks of a bfloat16 model."""
         if self.kernels is None:
@@ -100,10 +106,10 @@ class PagedBatch:
         self.num_query_heads = attention.num_query_heads
         self.windows = attention.windows
         self.step = step
-        self.layers_seen: set[int] = set()
+        self.attended_width = attention.num_query_heads * arena.shape[5]
+        self._checks = LayerChecks(step, arena, attention.num_query_heads)
         self._arena = arena
-        self._written = written
-        self._num_written = 0
+        self._follower = LayerFollower(written)
         self._kernels = attention.kernels
         self._gatherer = attention.gatherer
         counts = step.query_start.diff()
@@ -133,26 +139,15 @@ class PagedBatch:
     def check(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> None:
-        """Refuse a layer that doesn't fit the arena or comes twice: `UnsupportedModel`.
-
-        query [1, Hq, T, D], key and value [1, Hkv, T, D], as transformers gives them.
-        """
-        _, num_layers, _, _, num_kv_heads, head_dim = self._arena.shape
-        expected = (num_kv_heads, self.step.token_ids.numel(), head_dim)
-        if key.shape[1:] != expected or value.shape[1:] != expected:
-            raise UnsupportedModel("the model's layers differ in KV heads or head size")
-        if query.shape[1] != self.num_query_heads:
-            raise UnsupportedModel("the model's layers differ in query heads")
-        if layer in self.layers_seen or not 0 <= layer < num_layers:
-            raise UnsupportedModel("the model's layers share KV, or are numbered in another way")
-        self.layers_seen.add(layer)
+        """As `Batch.check`."""
+        self._checks.check(layer, query, key, value)
 
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Put this step's K and V [T, Hkv, D] of one layer into their slots of the arena."""
         if self._kernels is None:
             self._arena[:, layer, 0].index_put_((self._blocks, self._rows), key)
             self._arena[:, layer, 1].index_put_((self._blocks, self._rows), value)
-            self.wrote(layer)
+            self._follower.wrote(layer)
             return
         key, value = rows_contiguous(key), rows_contiguous(value)
         self._kernels.write_kv(
@@ -163,14 +158,23 @@ class PagedBatch:
             value.data_ptr(),
             value.stride(0),
         )
-        self.wrote(layer)
+        self._follower.wrote(layer)
 
-    def wrote(self, layer: int) -> None:
-        """All K and V of a layer is in the arena; for a caller that doesn't `write` them here."""
-        # A model that goes through its layers in another order is followed less far, never wrongly.
-        if self._written is not None and layer == self._num_written:
-            self._num_written += 1
-            self._written(self._num_written)
+    def rotate_and_write(self, layer: int, qkv: torch.Tensor, rotation: Rotation) -> None:
+        """As `Batch.rotate_and_write`; only with the compiled kernels."""
+        assert self._kernels is not None
+        query_norm, key_norm = rotation.query_norm, rotation.key_norm
+        self._kernels.rotate_and_write(
+            self.native_pointer,
+            layer,
+            qkv.data_ptr(),
+            rotation.cosine.data_ptr(),
+            rotation.sine.data_ptr(),
+            None if query_norm is None else query_norm.data_ptr(),
+            None if key_norm is None else key_norm.data_ptr(),
+            rotation.epsilon,
+        )
+        self._follower.wrote(layer)
 
     def attend(
         self,
@@ -306,10 +310,3 @@ def long_chunk(kernels: Kernels | None, arena: torch.Tensor, num_query_heads: in
         group = num_query_heads // arena.shape[4]
         return max(2, -(-LONG_CHUNK_ROWS // group))
     return LONG_CHUNK
-
-
-def rows_contiguous(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor [T, H, D] with contiguous heads within each row; a copy only if need be."""
-    if tensor.stride(2) == 1 and tensor.stride(1) == tensor.shape[2]:
-        return tensor
-    return tensor.contiguous()

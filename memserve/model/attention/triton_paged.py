@@ -1,0 +1,257 @@
+"""Paged attention on a GPU, by our Triton kernels, straight on the arena.
+
+`TritonAttention` lives as long as the model; `begin` returns a `TritonBatch` for one step. Nothing
+waits for the device, and the host looks at shapes only: the grids depend on the numbers of tokens
+and sequences, and everything else is read on the device. So a CUDA graph may replay a step's
+launches with other contents. A sequence with `kv_len` 0 is padding: its KV is not written, and its
+attention is zero.
+
+The kernels run in Triton's interpreter, too, over tensors on the CPU.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from memserve.model.attention.batch import LayerChecks, LayerFollower, Rotation, rows_contiguous
+from memserve.model.attention.native import block_offsets
+from memserve.model.kernels.attention import merge_parts, paged_attention
+from memserve.model.kernels.layers import rotate_and_write, write_kv
+from memserve.model.step import LayerWritten, StepInput
+
+LOG2_E = math.log2(math.e)
+
+MIN_ROWS = 16
+"""Of a tile, for the matrix units."""
+
+MAX_PARTS = 64
+
+PROGRAMS_PER_PROCESSOR = 2
+"""Parts are made of decoded tokens' contexts until there are so many programs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How a launch is cut up; `rows` hold `queries` tokens times the heads of a group."""
+
+    rows: int
+    queries: int
+    columns: int
+    num_warps: int
+    num_stages: int
+
+
+def decode_tiling(group: int, head_dim: int, itemsize: int) -> Tiling:
+    """For one query token of each sequence: the memory decides, so the rows are as few as can be."""
+    columns = 32 if head_dim * itemsize > 256 else 64
+    rows = max(MIN_ROWS, power_of_two(group))
+    return Tiling(rows, 1, columns, num_warps=4, num_stages=3 if itemsize < 4 else 2)
+
+
+def chunk_tiling(group: int, head_dim: int, itemsize: int) -> Tiling:
+    """For prompts' chunks: the matrix units decide."""
+    if itemsize == 4:  # exact float32, for comparisons: no matrix units, so small tiles
+        rows, columns, num_warps, num_stages = 32, 32, 4, 1
+    elif head_dim <= 64:
+        rows, columns, num_warps, num_stages = 128, 64, 4, 3
+    elif head_dim <= 128:
+        rows, columns, num_warps, num_stages = 128, 64, 8, 3
+    else:
+        rows, columns, num_warps, num_stages = 64, 32, 8, 2
+    rows = max(rows, power_of_two(group))
+    return Tiling(rows, rows // group, columns, num_warps, num_stages)
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is not below `number`."""
+    return 1 << (number - 1).bit_length()
+
+
+class TritonAttention:
+    """Attention of one model on one GPU."""
+
+    name = "triton"
+    reads_in_place = True
+
+    def __init__(
+        self, *, num_query_heads: int, windows: Sequence[int | None], num_processors: int
+    ) -> None:
+        """`windows` as for `PagedAttention`; `num_processors` is the GPU's multiprocessors."""
+        self.num_query_heads = num_query_heads
+        self.windows = windows
+        self.num_processors = num_processors
+
+    def begin(
+        self, step: StepInput, arena: torch.Tensor, written: LayerWritten | None = None
+    ) -> "TritonBatch":
+        """Prepare one step. `arena` [num_blocks, num_layers, 2, block_size, Hkv, D].
+
+        With `written` the host waits for each layer's K and V, since its word is read by others.
+        """
+        return TritonBatch(self, step, arena, written)
+
+    def num_parts(self, num_sequences: int, num_kv_heads: int, num_tiles: int) -> int:
+        """In how many parts decoded tokens' contexts, of `num_tiles` tiles at most, are read."""
+        wanted = PROGRAMS_PER_PROCESSOR * self.num_processors // (num_sequences * num_kv_heads)
+        return min(power_of_two(max(1, wanted)), power_of_two(num_tiles), MAX_PARTS)
+
+
+class TritonBatch:
+    """One step's attention: `write` and then `attend`, once per layer."""
+
+    def __init__(
+        self,
+        attention: TritonAttention,
+        step: StepInput,
+        arena: torch.Tensor,
+        written: LayerWritten | None,
+    ) -> None:
+        self.step = step
+        self.windows = attention.windows
+        self.num_query_heads = attention.num_query_heads
+        self._arena = arena
+        self._checks = LayerChecks(step, arena, attention.num_query_heads)
+        self._follower = LayerFollower(written)
+        block_stride, self._layer_stride, self._value_offset = arena.stride()[:3]
+        _, _, _, self._block_size, self._num_kv_heads, self._head_dim = arena.shape
+        # The kernels promise the compiler that blocks start at multiples of this.
+        assert block_stride % (16 if self._head_dim % 16 == 0 else 8) == 0
+        self.attended_width = self.num_query_heads * self._head_dim
+        self._num_sequences = step.kv_len.numel()
+        self._num_tokens = step.token_ids.numel()
+        self._offsets = block_offsets(step, arena)
+        if step.table_stride is None:
+            self._table_stride = self._offsets.new_full((1,), self._offsets.stride(0))
+        else:
+            self._table_stride = step.table_stride
+        group = self.num_query_heads // self._num_kv_heads
+        self._decode = decode_tiling(group, self._head_dim, arena.element_size())
+        self._chunks = chunk_tiling(group, self._head_dim, arena.element_size())
+        self._precision = "ieee" if arena.dtype == torch.float32 else "tf32"
+        num_tiles = -(-self._offsets.shape[1] * self._block_size // self._decode.columns)
+        self._num_parts = attention.num_parts(self._num_sequences, self._num_kv_heads, num_tiles)
+        parts = (self._num_sequences, self._num_parts, self.num_query_heads)
+        if self._num_parts == 1:
+            parts = (0, 0, 0)
+        self._sums = arena.new_empty(*parts, self._head_dim, dtype=torch.float32)
+        self._peaks = arena.new_empty(parts, dtype=torch.float32)
+        self._totals = arena.new_empty(parts, dtype=torch.float32)
+
+    def check(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> None:
+        """As `Batch.check`."""
+        self._checks.check(layer, query, key, value)
+
+    def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """As `Batch.write`."""
+        key, value = rows_contiguous(key), rows_contiguous(value)
+        width = self._num_kv_heads * self._head_dim
+        write_kv[(self._num_tokens,)](
+            key,
+            value,
+            self._arena,
+            *(self._offsets, self._table_stride, self.step.query_start, self.step.kv_len),
+            self.step.positions,
+            *(key.stride(0), value.stride(0)),
+            *(layer * self._layer_stride, self._value_offset, self._num_sequences),
+            BLOCK_SIZE=self._block_size,
+            WIDTH=width,
+            LANES=power_of_two(width),
+        )
+        self._wrote(layer)
+
+    def rotate_and_write(self, layer: int, qkv: torch.Tensor, rotation: Rotation) -> None:
+        """As `Batch.rotate_and_write`."""
+        half = self._head_dim // 2
+        has_norms = rotation.query_norm is not None
+        grid = (self._num_tokens, self.num_query_heads + 2 * self._num_kv_heads)
+        rotate_and_write[grid](
+            qkv,
+            *(rotation.cosine, rotation.sine),
+            *((rotation.query_norm, rotation.key_norm) if has_norms else (qkv, qkv)),
+            self._arena,
+            *(self._offsets, self._table_stride, self.step.query_start, self.step.kv_len),
+            self.step.positions,
+            *(layer * self._layer_stride, self._value_offset, self._num_sequences),
+            rotation.epsilon,
+            BLOCK_SIZE=self._block_size,
+            HALF=half,
+            LANES=power_of_two(half),
+            NUM_QUERY_HEADS=self.num_query_heads,
+            NUM_KV_HEADS=self._num_kv_heads,
+            HAS_NORMS=has_norms,
+            num_warps=1,
+        )
+        self._wrote(layer)
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        *,
+        scale: float,
+        window: int | None,
+    ) -> None:
+        """As `Batch.attend`."""
+        if self._num_tokens > self._num_sequences:  # else no sequence has more than one token
+            self._launch(self._chunks, layer, query, output, scale, window, decode=False)
+        self._launch(self._decode, layer, query, output, scale, window, decode=True)
+        if self._num_parts > 1:
+            merge_parts[(self._num_sequences, self.num_query_heads)](
+                output,
+                self.step.query_start,
+                *(self._sums, self._peaks, self._totals),
+                output.stride(0),
+                HEAD_DIM=self._head_dim,
+                LANES=power_of_two(self._head_dim),
+                NUM_PARTS=self._num_parts,
+            )
+
+    def _launch(
+        self,
+        tiling: Tiling,
+        layer: int,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        scale: float,
+        window: int | None,
+        *,
+        decode: bool,
+    ) -> None:
+        num_parts = self._num_parts if decode else 1
+        num_rows = self._num_sequences
+        if not decode:  # no more than that, however the tokens are shared out
+            num_rows += self._num_tokens // tiling.queries
+        paged_attention[(num_rows, self._num_kv_heads, num_parts)](
+            query,
+            output,
+            self._arena,
+            *(self._offsets, self._table_stride, self.step.query_start, self.step.kv_len),
+            *(self._sums, self._peaks, self._totals),
+            *(query.stride(0), output.stride(0)),
+            *(layer * self._layer_stride, self._value_offset, self._num_sequences),
+            *(scale * LOG2_E, window or 0),
+            BLOCK_SIZE=self._block_size,
+            HEAD_DIM=self._head_dim,
+            LANES=power_of_two(self._head_dim),
+            NUM_KV_HEADS=self._num_kv_heads,
+            GROUP=self.num_query_heads // self._num_kv_heads,
+            ROWS=tiling.rows,
+            QUERIES=tiling.queries,
+            COLUMNS=tiling.columns,
+            HAS_WINDOW=window is not None,
+            DECODE=decode,
+            NUM_PARTS=num_parts,
+            PRECISION=self._precision,
+            num_warps=tiling.num_warps,
+            num_stages=tiling.num_stages,
+        )
+
+    def _wrote(self, layer: int) -> None:
+        if self._follower.listens and self._arena.is_cuda:
+            torch.cuda.current_stream(self._arena.device).synchronize()
+        self._follower.wrote(layer)

@@ -1,0 +1,101 @@
+"""Sampling where the logits lie: the whole batch at once, and the host waits once for its tokens.
+
+The same rules and the same random numbers as `memserve.model.sampling`, so the same token for the
+same logits; sums and exponentials may round another way, which matters only where a number falls on
+a border to the last digit. Rows with penalties, biases or log-probabilities are rare and go to the
+host, those rows alone.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from memserve.model.sampling import (
+    Sampled,
+    SampleRow,
+    is_plain_greedy,
+    is_shaped,
+    sample,
+    uniform,
+)
+
+
+def sample_on_device(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
+    """Draw one token per row of `logits`, float32 [len(rows), vocab_size], on their device.
+
+    The logits are left as they are.
+    """
+    assert logits.shape[0] == len(rows)
+    if not rows:
+        return []
+    on_host, drawn = [], []
+    for index, row in enumerate(rows):
+        if is_shaped(row) or row.sampling.logprobs is not None:
+            on_host.append(index)
+        elif not is_plain_greedy(row):
+            drawn.append(index)
+    tokens = logits.argmax(-1)
+    if drawn:
+        chosen = _to_device(drawn, torch.int64, logits.device)
+        tokens[chosen] = draw(logits[chosen], [rows[index] for index in drawn])
+    sampled = [Sampled(token) for token in tokens.tolist()]
+    if on_host:
+        chosen = _to_device(on_host, torch.int64, logits.device)
+        shaped = sample(logits[chosen].cpu(), [rows[index] for index in on_host])
+        for index, result in zip(on_host, shaped, strict=True):
+            sampled[index] = result
+    return sampled
+
+
+def draw(logits: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
+    """Tokens int64 [len(rows)], drawn by inverting the cumulative distribution over the kept ones.
+
+    logits float32 [len(rows), vocab_size]. Rows are neither greedy nor shaped.
+    """
+    vocab_size = logits.shape[1]
+    params = [row.sampling for row in rows]
+    # float64, as a float32 holds neither a random number nor a large k exactly.
+    table = _to_device(
+        [
+            [p.temperature for p in params],
+            [p.min_p for p in params],
+            [p.top_p for p in params],
+            [p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params],
+            [uniform(r.sampling.seed, r.choice, r.position) for r in rows],
+        ],
+        torch.float64,
+        logits.device,
+    )
+    temperature, min_p, top_p, top_k, number = table[:, :, None]
+    top = logits.amax(-1, keepdim=True)
+    weights = torch.exp((logits - top) / temperature.float())
+    largest_k = max((p.top_k for p in params if 0 < p.top_k < vocab_size), default=0)
+    if largest_k:
+        best = logits.topk(largest_k).values
+        lowest = best.gather(1, (top_k.long() - 1).clamp(max=largest_k - 1))
+        weights[(logits < lowest) & (top_k < vocab_size)] = 0.0
+    if any(p.min_p > 0.0 for p in params):
+        weights[weights < min_p.float()] = 0.0
+    if any(p.top_p < 1.0 for p in params):
+        weights[(weights < _nucleus_border(weights, top_p)) & (top_p < 1.0)] = 0.0
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    wanted = number * cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, wanted, right=True)
+    # Rounded up to the whole mass: the last token of any weight.
+    last = vocab_size - 1 - (weights > 0).flip(-1).int().argmax(-1, keepdim=True)
+    return torch.minimum(index, last).squeeze(-1)
+
+
+def _nucleus_border(weights: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """The smallest weight in the smallest set of likeliest tokens with a share of `top_p`, [N, 1]."""
+    ranked = weights.sort(-1, descending=True).values
+    up_to = ranked.cumsum(-1, dtype=torch.float64)
+    before = up_to - ranked
+    count = (before < top_p * up_to[:, -1:]).sum(-1, keepdim=True)
+    return ranked.gather(1, (count - 1).clamp(min=0))
+
+
+def _to_device(values: object, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A small tensor on the device, without waiting for what runs there."""
+    on_host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return on_host.to(device, non_blocking=True)

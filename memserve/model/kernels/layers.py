@@ -1,0 +1,154 @@
+"""The small operators of a decoder layer, fused; arithmetic in float32, storage in the model's type.
+
+The counterparts of memserve/native/layer_ops.cpp, with the same roundings in between.
+"""
+
+import triton
+import triton.language as tl
+
+from memserve.model.kernels.addressing import find_sequence
+
+
+@triton.jit
+def add_norm(
+    residual,  # [T, WIDTH], contiguous; gets the sum
+    delta,  # the same, or anything without HAS_DELTA
+    weight,  # [WIDTH]
+    target,  # [T, WIDTH]
+    epsilon,
+    HAS_DELTA: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """residual += delta; target = RMSNorm(residual) * weight: grid (T,)."""
+    start = tl.program_id(0).to(tl.int64) * WIDTH
+    lane = tl.arange(0, LANES)
+    is_lane = lane < WIDTH
+    row = tl.load(residual + start + lane, mask=is_lane, other=0.0).to(tl.float32)
+    kind = residual.dtype.element_ty
+    if HAS_DELTA:
+        row += tl.load(delta + start + lane, mask=is_lane, other=0.0).to(tl.float32)
+        rounded = row.to(kind)
+        tl.store(residual + start + lane, rounded, mask=is_lane)
+        row = rounded.to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(row * row, 0) / WIDTH + epsilon)
+    factor = tl.load(weight + lane, mask=is_lane, other=0.0).to(tl.float32)
+    tl.store(target + start + lane, (row * scale * factor).to(kind), mask=is_lane)
+
+
+@triton.jit
+def silu_times(both, target, WIDTH: tl.constexpr, LANES: tl.constexpr):
+    """SiLU of the first half of each row times its second: grid (T, parts of the width).
+
+    both [T, 2 * WIDTH], target [T, WIDTH], contiguous.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.program_id(1) * LANES + tl.arange(0, LANES)
+    is_lane = lane < WIDTH
+    gate = tl.load(both + row * (2 * WIDTH) + lane, mask=is_lane, other=0.0).to(tl.float32)
+    up = tl.load(both + row * (2 * WIDTH) + WIDTH + lane, mask=is_lane, other=0.0).to(tl.float32)
+    result = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(target + row * WIDTH + lane, result.to(target.dtype.element_ty), mask=is_lane)
+
+
+@triton.jit
+def rotate_and_write(
+    qkv,  # [T, (Hq + 2 * Hkv) * HEAD_DIM], contiguous; its queries are rotated in place
+    cosine,  # float32 [T, HEAD_DIM / 2]
+    sine,
+    query_norm,  # [HEAD_DIM], or anything without HAS_NORMS
+    key_norm,
+    arena,
+    offsets,
+    table_stride,
+    query_start,
+    kv_len,
+    positions,
+    layer_offset,
+    value_offset,
+    num_sequences,
+    epsilon,
+    BLOCK_SIZE: tl.constexpr,
+    HALF: tl.constexpr,  # HEAD_DIM / 2
+    LANES: tl.constexpr,  # HALF rounded up to a power of two
+    NUM_QUERY_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HAS_NORMS: tl.constexpr,
+):
+    """Normalise and rotate queries and keys; keys and values go to the arena: grid (T, heads)."""
+    token = tl.program_id(0)
+    head = tl.program_id(1)
+    lane = tl.arange(0, LANES)
+    is_lane = lane < HALF
+    num_heads = NUM_QUERY_HEADS + 2 * NUM_KV_HEADS
+    source = qkv + (token.to(tl.int64) * num_heads + head) * (2 * HALF) + lane
+    kind = qkv.dtype.element_ty
+    low = tl.load(source, mask=is_lane, other=0.0).to(tl.float32)
+    high = tl.load(source + HALF, mask=is_lane, other=0.0).to(tl.float32)
+    if head < NUM_QUERY_HEADS + NUM_KV_HEADS:
+        if HAS_NORMS:
+            scale = 1.0 / tl.sqrt(tl.sum(low * low + high * high, 0) / (2 * HALF) + epsilon)
+            norm = query_norm + lane
+            if head >= NUM_QUERY_HEADS:
+                norm = key_norm + lane
+            low *= scale * tl.load(norm, mask=is_lane, other=0.0).to(tl.float32)
+            high *= scale * tl.load(norm + HALF, mask=is_lane, other=0.0).to(tl.float32)
+            low = low.to(kind).to(tl.float32)
+            high = high.to(kind).to(tl.float32)
+        turn = token.to(tl.int64) * HALF + lane
+        cos = tl.load(cosine + turn, mask=is_lane, other=0.0)
+        sin = tl.load(sine + turn, mask=is_lane, other=0.0)
+        turned = low * cos - high * sin
+        high = high * cos + low * sin
+        low = turned
+    if head < NUM_QUERY_HEADS:
+        tl.store(source, low.to(kind), mask=is_lane)
+        tl.store(source + HALF, high.to(kind), mask=is_lane)
+        return
+    sequence = find_sequence(query_start, num_sequences, token, 0)
+    if tl.load(kv_len + sequence) == 0:  # padding
+        return
+    position = tl.load(positions + token)
+    block = tl.load(offsets + sequence * tl.load(table_stride) + position // BLOCK_SIZE)
+    kv_head = (head - NUM_QUERY_HEADS) % NUM_KV_HEADS
+    row = position % BLOCK_SIZE * NUM_KV_HEADS + kv_head
+    slot = arena + block + layer_offset + row * (2 * HALF) + lane
+    if head >= NUM_QUERY_HEADS + NUM_KV_HEADS:
+        slot += value_offset
+    tl.store(slot, low.to(kind), mask=is_lane)
+    tl.store(slot + HALF, high.to(kind), mask=is_lane)
+
+
+@triton.jit
+def write_kv(
+    key,  # [T, WIDTH], rows key_stride apart; WIDTH is num_kv_heads * head_dim
+    value,
+    arena,
+    offsets,
+    table_stride,
+    query_start,
+    kv_len,
+    positions,
+    key_stride,
+    value_stride,
+    layer_offset,
+    value_offset,
+    num_sequences,
+    BLOCK_SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Put the step's keys and values of one layer into their slots: grid (T,)."""
+    token = tl.program_id(0)
+    sequence = find_sequence(query_start, num_sequences, token, 0)
+    if tl.load(kv_len + sequence) == 0:  # padding
+        return
+    position = tl.load(positions + token)
+    block = tl.load(offsets + sequence * tl.load(table_stride) + position // BLOCK_SIZE)
+    slot = arena + block + layer_offset + position % BLOCK_SIZE * WIDTH
+    lane = tl.arange(0, LANES)
+    is_lane = lane < WIDTH
+    keys = tl.load(key + token.to(tl.int64) * key_stride + lane, mask=is_lane, other=0.0)
+    values = tl.load(value + token.to(tl.int64) * value_stride + lane, mask=is_lane, other=0.0)
+    tl.store(slot + lane, keys.to(arena.dtype.element_ty), mask=is_lane)
+    tl.store(slot + value_offset + lane, values.to(arena.dtype.element_ty), mask=is_lane)

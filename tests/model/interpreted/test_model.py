@@ -1,0 +1,137 @@
+"""A whole model over the kernels, launched one by one and replayed as graphs would be."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from memserve.model.attention.triton_paged import TritonAttention
+from memserve.model.fused import FusedDecoder
+from memserve.model.graphs import DecodeGraphs, Recording
+from memserve.model.linear import Kind, Linears
+from memserve.model.loading import load_model
+from memserve.model.model import Model, Transformer
+from memserve.model.step import StepInput
+from memserve.model.support import layer_windows
+from memserve.model.triton_ops import TritonLayerOps
+from tests.model.paging import Arena, Paged, assert_same, run_step, step_of
+from tests.model.tiny import ARCHITECTURES, VOCAB, build, save
+
+BLOCK = 4
+
+
+def on_triton(name: str, reference: Model, *, fused: bool) -> Model:
+    """The same model as on a GPU, computed in the interpreter."""
+    config = ARCHITECTURES[name].config()
+    module = build(config)
+    windows = layer_windows(config)
+    linears = Linears(None, Kind.PLAIN)
+    network: FusedDecoder | Transformer
+    if fused:
+        network = FusedDecoder(module, TritonLayerOps(), linears, windows)
+    else:
+        network = Transformer(module, linears)
+    attention = TritonAttention(
+        num_query_heads=reference.spec.num_query_heads, windows=windows, num_processors=8
+    )
+    return Model(reference.spec, network, attention)
+
+
+def reference_model(name: str, folder: Path) -> Model:
+    return load_model(
+        save(ARCHITECTURES[name].config(), folder),
+        device="cpu",
+        dtype="float32",
+        max_model_len=128,
+        block_size=BLOCK,
+    )
+
+
+def sequences(arena: Arena, lengths: list[int]) -> list[Paged]:
+    generator = torch.Generator().manual_seed(5)
+    return [
+        arena.sequence(torch.randint(3, VOCAB, (length,), generator=generator))
+        for length in lengths
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "fused", "length"), [("llama", True, 6), ("qwen3", True, 6), ("mistral", False, 19)]
+)
+def test_logits_are_those_of_the_cpu(name: str, fused: bool, length: int, tmp_path: Path) -> None:
+    reference = reference_model(name, tmp_path)
+    results = []
+    for model in (reference, on_triton(name, reference, fused=fused)):
+        arena = Arena(model, BLOCK)
+        first, second = sequences(arena, [5, length])
+        run_step(model, arena, [(first, 3), (second, 1)])
+        run_step(model, arena, [(first, 1), (second, length - 2)])
+        run_step(model, arena, [(first, 1), (second, 1)])
+        results.append(torch.cat(first.logits + second.logits))
+    want, got = results
+    assert_same(got, want)
+
+
+def replayed(compute: Callable[[], torch.Tensor]) -> Recording:
+    """A graph that computes again; like a graph it knows nothing but the tensors' addresses."""
+    output = compute().clone()
+
+    def replay() -> None:
+        output.copy_(compute())
+
+    return Recording(replay, output)
+
+
+def test_a_recorded_step_serves_every_batch_up_to_its_size(tmp_path: Path) -> None:
+    reference = reference_model("llama", tmp_path)
+    model = on_triton("llama", reference, fused=True)
+    arena, theirs = Arena(model, BLOCK), Arena(reference, BLOCK)
+    graphs = DecodeGraphs(model, arena.tensor, max_num_seqs=3, max_model_len=64, record=replayed)
+    assert arena.tensor.isnan().all(), "recording has written somewhere"
+    members = sequences(theirs, [11, 18, 6])
+    for each in members:
+        run_step(reference, theirs, [(each, len(each.tokens) - 2)])
+    arena.tensor.copy_(theirs.tensor)
+    for batch in (members, [members[2], members[0]]):
+        step = step_of([(each, 1) for each in batch])
+        got = graphs.forward(step)
+        assert got is not None
+        assert_same(got, reference.forward(step, theirs.tensor))
+        for each in batch:
+            each.num_computed += 1
+    torch.testing.assert_close(arena.tensor, theirs.tensor, equal_nan=True)
+
+
+def test_steps_that_are_no_decode_of_that_size_are_left_alone(tmp_path: Path) -> None:
+    model = on_triton("llama", reference_model("llama", tmp_path), fused=True)
+    arena = Arena(model, BLOCK)
+    graphs = DecodeGraphs(model, arena.tensor, max_num_seqs=2, max_model_len=32, record=replayed)
+    chunk, *many = sequences(arena, [5, 3, 3, 3])
+    (long,) = sequences(arena, [40])
+    assert graphs.forward(step_of([(chunk, 5)])) is None
+    assert graphs.forward(step_of([(each, 1) for each in many])) is None
+    assert graphs.forward(step_of([(long, 1)])) is None
+
+
+class NothingWaits(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Fails at what would make the host wait for a GPU, and what a graph therefore can't hold."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN204
+        name = func.overloadpacket.__name__
+        assert name not in self.FORBIDDEN, f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "transformers"])
+def test_nothing_in_a_decode_step_waits_for_the_device(fused: bool, tmp_path: Path) -> None:
+    model = on_triton("llama", reference_model("llama", tmp_path), fused=fused)
+    arena = Arena(model, BLOCK)
+    (sequence,) = sequences(arena, [4])
+    run_step(model, arena, [(sequence, 3)])
+    step: StepInput = step_of([(sequence, 1)])
+    with NothingWaits():  # type: ignore[no-untyped-call]
+        model.forward(step, arena.tensor)

@@ -1,0 +1,73 @@
+"""The Triton kernels over the cases of `attention_cases`, on whatever device they can run."""
+
+import dataclasses
+import math
+
+import torch
+
+from memserve.model.attention.triton_paged import TritonAttention
+from tests.model.attention_cases import LAYER, LAYERS, Problem
+
+LIMITS = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+
+
+def attend(
+    task: Problem,
+    scale: float,
+    window: int | None,
+    *,
+    device: str = "cpu",
+    num_processors: int = 1,
+) -> torch.Tensor:
+    """Write the step's K and V through the kernels, attend, and return [T, Hq, D] on the CPU.
+
+    The more processors, the more parts the contexts of decoded tokens are read in. Whatever the
+    step doesn't write itself stays as it was, which is checked, too.
+    """
+    attention = TritonAttention(
+        num_query_heads=task.query.shape[1],
+        windows=[window] * LAYERS,
+        num_processors=num_processors,
+    )
+    arena = task.arena.to(device)
+    before = arena.clone()
+    batch = attention.begin(task.step.to(torch.device(device)), arena)
+    new_keys = [k[c:] for k, (c, _) in zip(task.keys, task.spans, strict=True)]
+    new_values = [v[c:] for v, (c, _) in zip(task.values, task.spans, strict=True)]
+    batch.write(LAYER, torch.cat(new_keys).to(device), torch.cat(new_values).to(device))
+    changed = (arena != before) & ~(arena.isnan() & before.isnan())
+    assert changed[:, 0].sum() == 0
+    assert changed.sum() == 2 * torch.cat(new_keys).numel()
+    query = task.query.to(device)
+    output = torch.full_like(query, math.nan)
+    batch.attend(LAYER, query.flatten(1), output.flatten(1), scale=scale, window=window)
+    return output.cpu()
+
+
+def assert_near(got: torch.Tensor, want: torch.Tensor) -> None:
+    """Fail unless attention [T, Hq, D] equals what it should be, float64."""
+    error = (got.double() - want).abs().max().item()
+    # NaN, from a row that wasn't written, must fail too.
+    assert error <= LIMITS[got.dtype], f"off by {error:.2g}"
+
+
+def in_two_arenas(task: Problem) -> tuple[Problem, torch.Tensor]:
+    """The same with every second block in another arena, which the result holds in memory.
+
+    Only for sequences whose new tokens lie in blocks of the first: those are the last ones.
+    """
+    arena = task.arena
+    both = torch.full((2, *arena.shape), math.nan, dtype=arena.dtype)
+    own, other = both[0], both[1]
+    own.copy_(arena)
+    table = task.step.block_table
+    offsets = table.long() * arena.stride(0)
+    distance = both.stride(0)
+    for row, (context, _) in enumerate(task.spans):
+        for column in range(0, context // arena.shape[3], 2):
+            block = int(table[row, column])
+            other[block] = own[block]
+            own[block] = math.nan
+            offsets[row, column] += distance
+    step = dataclasses.replace(task.step, offsets=offsets)
+    return dataclasses.replace(task, step=step, arena=own), both
