@@ -9,8 +9,9 @@ after each layer, and `end` it. Needs the compiled calls (`memserve/native/progr
 step writes is no affair of this module, and a word says nothing about their generations.
 
 Instances that prefill a prompt together (`memserve.parallel`) have slots of such words beside it:
-group `number` has slot `number` modulo their count, and its word holds the number, the chunk and its
-layers. Another word grows with every sign of life of the owner's engine.
+group `number` has slot `number` modulo their count, and its word holds the number, the chunk and
+its layers; a rank that was ready for a chunk may take that back. Another word grows with every sign
+of life of the owner's engine.
 """
 
 import ctypes
@@ -95,7 +96,8 @@ CHUNK_BITS = 16
 def group_word(number: int, chunk: int, num_layers: int) -> int:
     """The value of a group's slot once its owner has written so many layers of a chunk.
 
-    No layers: all chunks before it are written, and the owner is ready for this one.
+    No layers: all chunks before it are written, and the owner is ready for this one. One less: they
+    are written, and the owner works on this group, but is not ready.
     """
     return (number << CHUNK_BITS | chunk) << LAYER_BITS | num_layers
 
@@ -125,6 +127,11 @@ class GroupProgress:
         """All chunks before this one, and so many of its layers, are in the arena."""
         slot = self._address + number % NUM_GROUP_SLOTS * GROUP_SLOT_BYTES
         self._native.store(slot, group_word(number, chunk, num_layers))
+
+    def hold_back(self, number: int, chunk: int) -> None:
+        """All chunks before this one are in the arena; take back that the owner is ready for it."""
+        slot = self._address + number % NUM_GROUP_SLOTS * GROUP_SLOT_BYTES
+        self._native.store(slot, group_word(number, chunk, 0) - 1)
 
     def beat(self) -> None:
         """The engine runs."""

@@ -194,7 +194,7 @@ class Engine:
         self._groups.reserve()
         self._groups.gather()
         self._swapper.tend()
-        slices = self._schedule()
+        slices = self._turns.schedule(self._batcher)
         if slices:
             self._run(slices)
         elif self._turns:
@@ -204,12 +204,6 @@ class Engine:
         self._feed.flush()
         self._pulse.beat()
         return bool(slices) or bool(self._turns)
-
-    def _schedule(self) -> list[Slice]:
-        """What the next step computes: a chunk of a group, if all its ranks are ready, comes first."""
-        ready = self._turns.ready()
-        slices = self._batcher.schedule(prefill=not ready and not self._turns.under_way)
-        return slices + self._turns.slices()
 
     def _run(self, slices: list[Slice]) -> None:
         """Compute a step, timed, and record what came out."""

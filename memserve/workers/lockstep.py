@@ -1,10 +1,11 @@
 """The ranks of a group go through a chunk layer by layer together: who has come how far.
 
-Contract: every rank says how far it is in its own slot, and looks at the others'. All must have said
-that they are ready for a chunk before one enters it, and after its K and V of a layer each waits for
-theirs. Who waits looks at the clock and asks its caller, at least every `GLANCE_S`, whether to go on.
-A rank that gives no sign of life for `patience` seconds is named in the error; one that is busy is
-waited for.
+Contract: every rank says how far it is in its own slot, and looks at the others'. All must have
+said that they are ready for a chunk before one enters it, and after its K and V of a layer each
+waits for theirs. One that takes its word back just when another enters keeps that one waiting,
+nothing worse. Who waits looks at the clock and asks its caller, at least every `GLANCE_S`, whether
+to go on. A rank that gives no sign of life for `patience` seconds is named in the error; one that
+is busy is waited for.
 
 Knows words and headers, neither blocks nor messages.
 """
@@ -52,6 +53,18 @@ class Lockstep:
     def tell(self, chunk: int, num_layers: int = 0) -> None:
         """All chunks before this one are written here, and so many layers of it."""
         self._progress.tell(self._number, chunk, num_layers)
+
+    def hold_back(self, chunk: int) -> None:
+        """All chunks before this one are written here, but this rank is not ready to enter it."""
+        self._progress.hold_back(self._number, chunk)
+
+    def met(self) -> bool:
+        """Whether all others work on this group, ready or not, and on no older one."""
+        wanted = group_word(self._number, 0, 0) - 1
+        words = (
+            self._progress.hear(each.header, self._number, wanted, 0.0) for each in self._peers
+        )
+        return all(word >= wanted for word in words)
 
     def reached(self, chunk: int, num_layers: int = 0, *, seconds: float = 0.0) -> bool:
         """Whether all others have come so far; waits up to `seconds` for the first that has not.

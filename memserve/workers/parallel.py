@@ -1,10 +1,11 @@
 """A rank's side of groups: several instances prefill one prompt together, each its own slices.
 
-A part of a group first gets room, all or nothing, for the blocks of its own slices, and keeps what is
-cached here; once all ranks have theirs, the launcher starts the group. Groups are computed one after
-the other, in the order of their numbers, chunk by chunk, beside other requests' decode steps: a chunk
-is entered when all ranks are ready for it. The blocks of other ranks are read where they lie, and are
-verified by rank 0 after each step. Rank 0 then decodes, still over blocks of all ranks, or hands over.
+A part of a group first gets room, all or nothing, for the blocks of its own slices, and keeps what
+is cached here; once all ranks have theirs, the launcher starts the group. Groups are computed one
+after the other, in the order of their numbers, chunk by chunk, beside other requests' decode steps
+and in turns with other prompts: a chunk is entered when all ranks are ready for it. The blocks of
+other ranks are read where they lie, and are verified by rank 0 after each step. Rank 0 then
+decodes, still over blocks of all ranks, or hands over.
 
 Contract: every ticket ends in an abort by the launcher, in a `LeftGroup`, or in a `LetGo`; then
 nothing is held for it. What the batcher runs of a group holds its blocks through this class

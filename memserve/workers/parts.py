@@ -36,6 +36,10 @@ class Part:
     lockstep: Lockstep | None = None
     watch: Watch | None = None
     num_chunks_done: int = 0
+    ready: bool = False
+    """Whether the others were told that this rank can enter the next chunk."""
+    gave_way: bool = False
+    """Whether other prompts had their step before the next chunk."""
     gathering: list[int] = field(default_factory=list)
     """Numbers of the prompt's blocks that are being copied here."""
     num_copied: int = 0

@@ -1,9 +1,16 @@
-"""Whose turn it is among the started groups, and a chunk's way through a step of the engine.
+"""Whose turn it is among the started groups and other prompts, and a chunk's way through a step.
 
-Contract: an engine calls `ready` and `slices` when it puts a step together, passes `written` to the
-step, and afterwards calls `computed` for each of these slices, or `broke`. The group with the lowest
-number is worked on until this rank's part of its prompt is computed. A group that can't go on is
-reported to `leave`, which calls `remove`.
+The group with the lowest number is worked on until this rank's part of its prompt is computed. Before
+each of its chunks a rank may compute one step of other prompts; then it says that it is ready, and from
+then on it only decodes until all are ready and the chunk is entered. So a prompt that comes while a
+group computes begins after the chunk under way, the group gets a chunk for every step of others,
+however many of those there are, and all ranks compute others' prompts at the same time. A rank that
+waits takes its word back for a step that it has left. While a rank of the group is still busy with an
+older group, other prompts are computed without such a bound.
+
+Contract: an engine lets `schedule` put a step together, passes `written` to the step, and afterwards
+calls `computed` for each slice of a group, or `broke`. A group that can't go on is reported to `leave`,
+which calls `remove`.
 """
 
 from bisect import insort
@@ -13,6 +20,7 @@ from typing import final
 
 from memserve.errors import GroupBroken
 from memserve.messages import Abort, Shutdown
+from memserve.workers.batching import Batcher
 from memserve.workers.link import Event, Hangup
 from memserve.workers.mailbox import Mailbox
 from memserve.workers.parts import Part
@@ -62,37 +70,33 @@ class Turns:
             self._started.remove(part)
 
     @property
-    def under_way(self) -> bool:
-        """Whether other prompts have to wait: the other ranks are, or soon will be, at work."""
-        return bool(self._started) and self._started[0].num_chunks_done > 0
-
-    @property
     def num_ranks(self) -> int:
         """Instances that compute the step at hand together."""
         return 1 if self._entered is None else len(self._entered.group.instances)
 
-    def ready(self) -> bool:
-        """Tell the others how far we are; whether all are ready for the next chunk."""
-        self._entered = None
-        while self._started:
-            part = self._started[0]
-            if not part.own_slices:
-                self._advance(part)
-                continue
-            if self._all_reached(part):
-                self._entered = part
-            break
-        return self._entered is not None
+    def schedule(self, batcher: Batcher) -> list[Slice]:
+        """The slices of the next step: a group's chunk and chunks of other prompts never share one.
 
-    def slices(self) -> list[Slice]:
-        """What this rank computes of the chunk that all are ready for."""
-        part = self._entered
-        if part is None or part not in self._started:  # given up meanwhile, for an older request
-            self._entered = None
-            return []
+        A group's step lasts as long as that of its slowest rank, so whatever is added to one of them
+        would keep all of them.
+        """
+        self._entered = None
+        part = self._first()
+        passing = part is None or self._gives_way(part)
+        slices = batcher.schedule(prefill=passing)
+        part = self._first()  # the room of the one before may have gone to an older request
+        if part is None:
+            return slices
+        if passing and any(other.sequence.prefilling for other in slices):
+            self._give_way(part)
+            return slices
+        if not self._all_reached(part):
+            return slices
+        self._entered = part
         self.num_steps += 1
         known = part.sequence.num_computed
-        return [Slice(part.sequence, end - start, start - known) for start, end in part.own_slices]
+        own = part.own_slices
+        return slices + [Slice(part.sequence, end - start, start - known) for start, end in own]
 
     def pause(self) -> None:
         """With nothing else to do, wait a little for the others."""
@@ -121,10 +125,31 @@ class Turns:
         self._advance(part)
         return True
 
+    def _first(self) -> Part | None:
+        """The part that is worked on, past chunks of which this rank computes nothing."""
+        while self._started:
+            part = self._started[0]
+            if part.own_slices:
+                return part
+            self._advance(part)
+        return None
+
+    def _gives_way(self, part: Part) -> bool:
+        """Whether other prompts may come before its next chunk, which others may have entered."""
+        return not part.gave_way and not (part.ready and self._all_reached(part))
+
+    def _give_way(self, part: Part) -> None:
+        """The next step is one of other prompts."""
+        assert part.lockstep is not None
+        part.lockstep.hold_back(part.num_chunks_done)
+        part.ready = False
+        part.gave_way = part.lockstep.met()
+
     def _all_reached(self, part: Part, seconds: float = 0.0) -> bool:
         """Tell the others how far we are; whether they are as far. It may turn out to be broken."""
         assert part.lockstep is not None
         part.lockstep.tell(part.num_chunks_done)
+        part.ready = True
         try:
             return part.lockstep.reached(part.num_chunks_done, seconds=seconds)
         except GroupBroken as error:
@@ -136,7 +161,8 @@ class Turns:
         assert part.lockstep is not None
         part.sequence.num_computed = part.chunks[part.num_chunks_done][1]
         part.num_chunks_done += 1
-        part.lockstep.tell(part.num_chunks_done)
+        part.ready = part.gave_way = False
+        part.lockstep.hold_back(part.num_chunks_done)
         if part.prefilled:
             self._started.remove(part)
             self._prefilled(part)
