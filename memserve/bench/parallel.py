@@ -106,7 +106,10 @@ class Sized(Scheduler):
             first = placement.prefill
             others = [number for number in self.roles() if number != first]
             ranks = [first, *others[: self.num_ranks - 1]]
-            plan = GroupPlan(ranks, self._config.max_num_batched_tokens, [])
+            (chunk,) = self._chooser.chunk_tokens(
+                np.zeros(1), len(ask.prompt), np.array([self.num_ranks])
+            ).tolist()
+            plan = GroupPlan(ranks, chunk, [])
             placement = dataclasses.replace(
                 placement, decode=first, num_cached_tokens=0, fetch=None, group=plan
             )

@@ -16,14 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memserve.scheduler.cost import CopyModel, StepModel
-from memserve.scheduler.groups import GroupChooser, Outlook
+from memserve.scheduler.groups import GroupChooser
 from memserve.scheduler.interface import Ask, FetchPolicy, Prediction, SchedulerConfig
 from memserve.scheduler.layout_model import Split, stall
 from memserve.scheduler.lengths import OutputLengths
 from memserve.scheduler.loads import Loads
 from memserve.scheduler.objectives import missed
+from memserve.scheduler.outlook import Outlook
 from memserve.scheduler.policies import Choice, Floats, Question
-from memserve.scheduler.waiting import State, behind, for_room, state_of
+from memserve.scheduler.waiting import State, behind, for_room, state_of, until_groups_end
 
 WORK_PRICE = 0.1
 """Seconds of delay to requests still to come that a second of computing is worth."""
@@ -133,11 +134,15 @@ class LeastDelay:
         """What a group depends on."""
         rows, nothing = loads.rows, np.zeros(len(loads))
         work_price, arrivals = self._prices(loads, state)
+        wait, passed = until_groups_end(loads, state, question.now)
         return Outlook(
             speed=state.speed,
             step=state.step,
             beside=state.beside,
-            wait=self._wait(loads, state, question.now),
+            wait=wait,
+            queued=rows["num_queued"] - rows["num_groups"],
+            queue_steps=state.queue_steps - passed,
+            queue_step=state.queue / np.maximum(state.queue_steps, 1.0) + state.beside,
             cold=self._steps.costs.waking * state.speed * state.idle,
             there=state.batch + np.minimum(rows["num_incoming"], rows["num_queued"]),
             rest=state.rest,
@@ -149,6 +154,7 @@ class LeastDelay:
             idle=state.idle.astype(float),
             work_price=work_price,
             arrivals=arrivals,
+            later_steps=self._later_steps(loads),
         )
 
     def takes_prompts(self, loads: Loads) -> NDArray[np.bool_]:
@@ -200,11 +206,17 @@ class LeastDelay:
 
         own = own + costs.waking * speed * state.idle
         ttft = self._wait(loads, state, question.now) + own + num_steps * state.beside
+        if state.any_group:
+            ttft = ttft + state.between(state.queue_steps + 1.0, num_steps - 1.0)
         # While the prompt is computed, others get their tokens at the pace of its chunks.
         delay = np.maximum(0.0, own + num_steps * (state.beside - state.step))
         # Who is computed before it here decodes here by then; who comes from elsewhere comes later.
         there = state.batch + np.minimum(rows["num_incoming"], rows["num_queued"])
         harm = there * delay * np.minimum(1.0, state.rest / np.maximum(num_steps, 1.0))
+        if state.any_group:
+            # It waits for a group that computes there before each of its steps.
+            meeting = np.clip(state.group_steps - state.queue_steps, 0.0, num_steps)
+            harm = harm + rows["num_groups"] * meeting * own / np.maximum(num_steps, 1.0)
         work_price, arrivals = self._prices(loads, state)
         harm = harm + own * (work_price + arrivals * ttft)
         if (slo := self._config.slo_ttft) is not None:
@@ -216,6 +228,13 @@ class LeastDelay:
         rate = float(loads.rows["rate"] @ state.fading) / len(loads)
         pressure = float(state.pressure.sum()) / len(loads)
         return WORK_PRICE, rate / (1.0 - pressure)
+
+    def _later_steps(self, loads: Loads) -> float:
+        """How many steps a prompt that is still to come takes, if it is like those of late."""
+        rows = loads.rows
+        new = float((rows["prompts"] - rows["cached"]).sum())
+        rate = float(rows["rate"].sum())
+        return max(1.0, new / max(rate, 1e-9) / self._config.max_num_batched_tokens)
 
     def _in_the_way(self, loads: Loads, state: State) -> Floats:
         """Seconds of prefills that one who is handed over at some time finds on each slot.
@@ -266,7 +285,7 @@ class LeastDelay:
         return prefill.own, np.maximum(wait, room) + computing
 
     def _wait(self, loads: Loads, state: State, now: float) -> Floats:
-        return behind(loads.rows["num_queued"], loads, state, now)
+        return behind(loads.rows["num_queued"] - loads.rows["num_groups"], loads, state, now)
 
     def _swap_in(self, question: Question, block_bytes: Floats) -> Floats:
         """Seconds until the cached part that lies in slower memory is there."""

@@ -1,10 +1,14 @@
 """Whether several instances should prefill a prompt together, how many, and which.
 
-Candidates are, for each size, the least loaded instances; the same with one of them in front: where
-the answer is best generated, or that which holds the longest prefix, or all that hold that together.
-A group starts when its last rank is free, takes at each chunk as long as its slowest rank and what the
-synchronisation costs, and delays whoever runs on any of its ranks. All sizes are judged at once, from
-the mean share of a rank; what is chosen is judged again from the very slices.
+Among few instances all groups are candidates. Among many they are, for each size, the instances
+that such a group would burden least; the same with one of them given: where the answer is best
+generated, or one that holds a long prefix. A prefix that lies spread needs all who hold it. A group
+starts when its ranks are done with older ones, takes at each chunk as long as its slowest rank and
+what the synchronisation costs, and lets other prompts have a step before each chunk, as long as any
+wait on a rank. It delays whoever runs or waits on any of its ranks. All groups are judged at once,
+from the mean share of a rank; what is chosen is judged again from the very slices. A chunk is so
+short that nobody's stream stops for longer than it would beside an instance that computes the
+prompt alone.
 
 Contract: costs are in the same seconds as those of `cost_policy`, which passes in what it knows of
 every slot; so one instance and a group compare. Knows no tickets and sends nothing.
@@ -15,7 +19,6 @@ from dataclasses import dataclass
 from typing import final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from memserve.parallel.work import GroupWork, group_work
 from memserve.scheduler.cost import StepModel
@@ -23,54 +26,43 @@ from memserve.scheduler.group_cost import GroupModel
 from memserve.scheduler.interface import Prediction, SchedulerConfig
 from memserve.scheduler.loads import Loads
 from memserve.scheduler.objectives import missed
+from memserve.scheduler.outlook import (
+    LARGE,
+    Members,
+    Outlook,
+    Slots,
+    between,
+    decoding,
+    harm_by_slot,
+    most,
+    total,
+)
 from memserve.scheduler.policies import Choice, Floats, GroupChoice, Question
 
-Slots = NDArray[np.int64]
+CHUNKS = (0.5, 0.625, 0.75, 0.875, 1.0)
+"""Shares of an ordinary step's tokens that a rank's share of a chunk may have."""
 
+HARDLY_LONGER = 1.1
+"""How much longer than an ordinary step a chunk may take."""
 
-@dataclass(slots=True, kw_only=True)
-class Outlook:
-    """What is known of each slot, in seconds."""
+FEW = 6
+"""Instances of which all groups are looked at."""
 
-    speed: Floats
-    """How much longer everything takes there than by the model."""
-    step: Floats
-    """A step that only decodes."""
-    beside: Floats
-    """What decoding adds to a prefill's step."""
-    wait: Floats
-    """Until a prompt sent now would begin."""
-    cold: Floats
-    """What the first step after idling takes longer."""
-    there: Floats
-    """Sequences that decode there while a prompt is computed."""
-    rest: Floats
-    """Tokens that each of those will still generate."""
-    prefills: NDArray[np.bool_]
-    here: Floats
-    """Cost of decoding there what was prefilled there."""
-    elsewhere: Floats
-    """Cost of decoding there what was prefilled on others."""
-    decode: Floats
-    """Of both, the time until the answer is complete."""
-    waking: Floats
-    """Cost of one more busy instance to those who share the device; 0 if it is busy."""
-    idle: Floats
-    work_price: float
-    arrivals: float
-    """What a second of computing costs those still to come: `work_price` + `arrivals` * TTFT."""
+SIZES = np.unique(np.concatenate([np.arange(2, 9), np.rint(8 * 1.2 ** np.arange(28))])).astype(int)
+"""Of the groups that are looked at among more of them; and all of them together."""
 
 
 @dataclass(slots=True)
 class _Candidates:
-    """Groups of the first so many slots of an order."""
+    """Groups; each array has one number for each of them."""
 
-    order: Slots
-    sizes: NDArray[np.int64]
+    groups: Members
+    chunk_tokens: Slots
+    """New tokens of each rank in a step."""
     cached: Floats
-    """Tokens used in place, by size."""
+    """Tokens used in place."""
     holder: Slots
-    """Who holds them, by size; -1: they are spread."""
+    """Who holds them; -1: they are spread."""
     cost: Floats
     leader: Slots
     decode: Slots
@@ -120,15 +112,48 @@ class GroupChooser:
                 return choice
         return None
 
-    def work(self, num_cached: int, num_tokens: int, num_ranks: int) -> GroupWork:
+    def work(
+        self, num_cached: int, num_tokens: int, num_ranks: int, chunk_tokens: int
+    ) -> GroupWork:
         """What each rank computes in each chunk."""
         return group_work(
             num_cached,
             num_tokens,
             num_ranks=num_ranks,
-            chunk_tokens=self._config.max_num_batched_tokens,
+            chunk_tokens=chunk_tokens,
             block_size=self._config.block_size,
         )
+
+    def chunk_tokens(self, cached: Floats, num_tokens: int, sizes: Slots) -> Slots:
+        """New tokens of each rank in a step, for groups of these sizes.
+
+        The most of `CHUNKS` with which a step takes hardly longer than a full one of a single instance,
+        both at the prompt's end; or else the fewest. What ranks wait for at every layer, however little
+        they compute, is left out: it would not become less.
+        """
+        costs, size = self._steps.costs, self._config.block_size
+        full = float(self._config.max_num_batched_tokens)
+        alone = np.minimum(full, num_tokens - cached)
+        longest = costs.step + costs.rows(alone) + costs.prefill_read * (num_tokens - alone)
+        longest = longest + costs.prefill_pair * alone * (num_tokens - alone / 2)
+        each = np.maximum(size, np.array(CHUNKS) * full // size * size)[:, None]
+        _, rows = self._cut(num_tokens - cached, sizes, each)
+        together = np.minimum(rows * sizes, num_tokens - cached)
+        share = (
+            costs.step + costs.rows(rows) + costs.prefill_pair * rows * (num_tokens - together / 2)
+        )
+        share = share + costs.prefill_read * (2 * num_tokens - together - rows / 2)
+        short = self._groups.seconds(share, sizes.astype(float), 0.0) <= HARDLY_LONGER * longest
+        best = len(CHUNKS) - 1 - np.argmax(short[::-1], axis=0)
+        chosen: Slots = each[np.where(short.any(axis=0), best, 0), 0].astype(np.int64)
+        return chosen
+
+    def _cut(self, new: Floats, sizes: Slots, chunk: Floats | Slots) -> tuple[Floats, Floats]:
+        """Chunks of so many new tokens, and rows of each rank in one."""
+        size = self._config.block_size
+        num_blocks = np.ceil(new / size)
+        num_chunks = np.ceil(num_blocks / np.maximum(1, sizes * chunk // size))
+        return num_chunks, np.ceil(num_blocks / num_chunks / sizes) * size
 
     def seconds(self, work: GroupWork, speed: Floats, beside: Floats) -> float:
         """The time of a group's chunks, at these ranks' speeds, beside what they decode."""
@@ -145,113 +170,147 @@ class GroupChooser:
     def _candidates(
         self, question: Question, loads: Loads, outlook: Outlook, *, required: bool
     ) -> Iterator[_Candidates]:
-        slots = np.flatnonzero(outlook.prefills)
-        if len(slots) < 2:
+        if np.count_nonzero(outlook.prefills) < 2:
             return
         held = question.held - (0.0 if self._config.dram_in_place else question.slow)
-        # For about half of a prefill a rank is busy, delays who decodes there, and is waited for.
-        own = len(question.ask.prompt) * self._steps.costs.high_row / 2
-        burden = outlook.wait + (1.0 + outlook.there) * own * outlook.speed
-        order = slots[np.argsort(burden[slots], kind="stable")]
-        reach = np.maximum.accumulate(held[order])
-        # Of those with equally much, the first.
-        who = order[np.argmax(held[order][None, :] >= reach[:, None], axis=1)]
-        yield self._judged(question, loads, outlook, order, reach, who, required=required)
-        leader = int(order[np.argmin((burden + outlook.here)[order])])
-        if np.isfinite(outlook.here[leader]) and leader != order[0]:
-            led = np.concatenate([[leader], order[order != leader]])
-            reach = np.maximum.accumulate(held[led])
-            who = led[np.argmax(held[led][None, :] >= reach[:, None], axis=1)]
-            yield self._judged(question, loads, outlook, led, reach, who, required=required)
-        best = int(slots[np.argmax(held[slots])])
-        if held[best] > reach[1]:
-            order = np.concatenate([[best], order[order != best]])
-            reach, who = np.full(len(order), held[best]), np.full(len(order), best)
-            yield self._judged(question, loads, outlook, order, reach, who, required=required)
+        groups = self._some_groups(len(question.ask.prompt), held, outlook)
+        of_ranks = np.where(groups, held, -1.0)
+        reach, holder = of_ranks.max(axis=1), of_ranks.argmax(axis=1)
+        yield self._judged(question, loads, outlook, groups, reach, holder, required=required)
         if question.spread is not None:
-            yield from self._around(question, loads, outlook, order, required=required)
+            yield from self._around(question, loads, outlook, groups, required=required)
+
+    def _some_groups(self, num_tokens: int, held: Floats, outlook: Outlook) -> Members:
+        """Groups that are worth a look."""
+        slots = np.flatnonzero(outlook.prefills)
+        largest = min(len(slots), self._config.max_sp or len(slots))
+        if len(slots) <= FEW:
+            some = (np.arange(1 << len(slots))[:, None] >> np.arange(len(slots)) & 1).astype(bool)
+            sizes = some.sum(axis=1)
+            some = some[(sizes >= 2) & (sizes <= largest)]
+            groups = np.zeros((len(some), len(held)), np.bool_)
+            groups[:, slots] = some
+            return groups
+        sizes = np.append(SIZES[: np.searchsorted(SIZES, largest)], largest)
+        longest = [int(slot) for slot in np.argsort(-held)[:2] if held[slot] > 0]
+        mean = float(held[slots].mean())
+        burden = self._burden(num_tokens, mean, sizes, outlook)
+        leaders = (burden + np.minimum(outlook.here, LARGE)).argmin(axis=1)
+        orders = [burden, _given(burden, leaders)]
+        for slot in longest:
+            burden = self._burden(num_tokens, float(held[slot]), sizes, outlook)
+            orders.append(_given(burden, np.full(len(sizes), slot)))
+        found = []
+        for by_slot in orders:
+            groups = np.zeros(by_slot.shape, np.bool_)
+            first = np.arange(by_slot.shape[1]) < sizes[:, None]
+            np.put_along_axis(groups, np.argsort(by_slot, axis=1, kind="stable"), first, axis=1)
+            found.append(groups)
+        unique: Members = np.unique(np.concatenate(found), axis=0)
+        return unique
+
+    def _burden(self, num_tokens: int, cached: float, sizes: Slots, outlook: Outlook) -> Floats:
+        """What each slot would add to the cost of a group of each size, [sizes, slots]."""
+        _, num_chunks, share = self._shares(np.full(len(sizes), cached), num_tokens, sizes)
+        fixed = self._steps.costs.step
+        seconds = num_chunks * self._groups.seconds(share, sizes.astype(float), fixed)
+        burden = outlook.wait + outlook.cold + outlook.waking + seconds[:, None] * outlook.speed
+        passing = np.minimum(num_chunks[:, None], outlook.queue_steps) * outlook.queue_step
+        burden = burden + passing + harm_by_slot(outlook, seconds, num_chunks)
+        allowed: Floats = np.where(outlook.prefills, burden, np.inf)
+        return allowed
 
     def _around(
-        self, question: Question, loads: Loads, outlook: Outlook, order: Slots, *, required: bool
+        self,
+        question: Question,
+        loads: Loads,
+        outlook: Outlook,
+        groups: Members,
+        *,
+        required: bool,
     ) -> Iterator[_Candidates]:
         """Groups of all that a prefix is spread over, and others."""
         assert question.spread is not None
         owners = [loads.slot_by_instance.get(one, -1) for one in question.spread.instances]
-        if not np.isin(owners, order).all():
+        if min(owners) < 0 or not outlook.prefills[owners].all():
             return
-        order = np.concatenate([owners, order[~np.isin(order, owners)]])
-        cached = len(question.spread.refs) * self._config.block_size
-        reach, who = np.full(len(order), float(cached)), np.full(len(order), -1)
-        judged = self._judged(
-            question, loads, outlook, order, reach, who, required=required, however_short=True
+        held = np.zeros(len(loads), np.bool_)
+        held[owners] = True
+        groups = np.unique(np.concatenate([groups | held, held[None, :]]), axis=0)
+        sizes = groups.sum(axis=1)
+        groups = groups[(sizes >= 2) & (sizes <= (self._config.max_sp or len(loads)))]
+        reach = np.full(len(groups), float(len(question.spread.refs) * self._config.block_size))
+        nobody = np.full(len(groups), -1)
+        yield self._judged(
+            question,
+            loads,
+            outlook,
+            groups,
+            reach,
+            nobody,
+            required=required,
+            however_short=True,
         )
-        judged.cost[judged.sizes < len(owners)] = np.inf
-        yield judged
+
+    def _shares(
+        self, cached: Floats, num_tokens: int, sizes: Slots
+    ) -> tuple[Slots, Floats, Floats]:
+        """Tokens of each rank in a chunk, chunks, and the mean seconds of a rank's share of one."""
+        new, costs = num_tokens - cached, self._steps.costs
+        chunk = self.chunk_tokens(cached, num_tokens, sizes)
+        num_chunks, rows = self._cut(new, sizes, chunk)
+        pairs = (new * cached + new * (new + 1) / 2) / sizes / num_chunks
+        # Each rank's two slices stand, in the mean, behind half of the new tokens.
+        before = 2.0 * cached + new
+        share = costs.step + costs.rows(rows) + costs.prefill_pair * pairs
+        return chunk, num_chunks, share + costs.prefill_read * before
 
     def _judged(
         self,
         question: Question,
         loads: Loads,
         outlook: Outlook,
-        order: Slots,
+        groups: Members,
         reach: Floats,
         holder: Slots,
         *,
         required: bool,
         however_short: bool = False,
     ) -> _Candidates:
-        """The costs of the groups of the first 2, 3, ... slots of an order."""
-        size = self._config.block_size
-        most = min(len(order), self._config.max_sp or len(order))
-        num_tokens = len(question.ask.prompt)
-        sizes = np.arange(2, most + 1)
-        last = sizes - 1
-        new = num_tokens - reach[last]
-        num_blocks = np.ceil(new / size)
-        num_chunks = np.ceil(
-            num_blocks / np.maximum(1, sizes * self._config.max_num_batched_tokens // size)
-        )
-        costs = self._steps.costs
-        rows = np.ceil(num_blocks / num_chunks / sizes) * size
-        pairs = (new * reach[last] + new * (new + 1) / 2) / sizes / num_chunks
-        # Each rank's two slices stand, in the mean, behind half of the new tokens.
-        before = 2.0 * reach[last] + new
-        share = costs.step + costs.rows(rows) + costs.prefill_pair * pairs
-        share = share + costs.prefill_read * before
-        pace = self._pace(loads, outlook, order)[last]
-        speed, beside = _most(outlook.speed, order, last) * pace, _most(outlook.beside, order, last)
-        step = self._groups.seconds(share * speed + beside, sizes.astype(float), costs.step)
-        total = num_chunks * step
-        ttft = _most(outlook.wait + outlook.cold, order, last) + total
-        cost = ttft + self._harm(outlook, order, sizes, total, num_chunks)
-        price = outlook.work_price + outlook.arrivals * ttft
-        cost = cost + sizes * num_chunks * (step - beside) * price
-        cost = cost + np.cumsum(outlook.waking[order])[last]
+        """The costs of groups that find so much cached."""
+        num_tokens, sizes = len(question.ask.prompt), groups.sum(axis=1)
+        chunk, num_chunks, share = self._shares(reach, num_tokens, sizes)
+        speed = most(outlook.speed, groups) * self._pace(loads, outlook, groups)
+        beside = most(outlook.beside, groups)
+        fixed = self._steps.costs.step
+        step = self._groups.seconds(share * speed + beside, sizes.astype(float), fixed)
+        seconds = num_chunks * step
+        ttft = most(outlook.wait + outlook.cold, groups) + seconds
+        ttft = ttft + between(outlook, groups, num_chunks)
+        cost = ttft + total(harm_by_slot(outlook, seconds, num_chunks), groups)
+        # Who comes later takes turns with it.
+        later = np.minimum(num_chunks, outlook.later_steps + 0.5) * outlook.arrivals * ttft
+        cost = cost + sizes * (step - beside) * (num_chunks * outlook.work_price + later)
+        cost = cost + total(outlook.waking, groups)
         if (slo := self._config.slo_ttft) is not None:
             cost = cost + missed(ttft, slo)
-        leader, decode, decoding = _decoding(outlook, order, last, required=required)
-        cost = cost + decoding
+        leader, decode, decode_cost = decoding(outlook, groups, required=required)
+        cost = cost + decode_cost
         if not required and not however_short:
-            enough = (new >= self._config.sp_min_tokens) & (num_blocks >= 2 * sizes)
+            new = num_tokens - reach
+            enough = new >= np.maximum(
+                self._config.sp_min_tokens, (2 * sizes - 1) * self._config.block_size + 1
+            )
             cost = np.where(enough, cost, np.inf)
-        return _Candidates(order, sizes, reach[last], holder[last], cost, leader, decode)
+        return _Candidates(groups, chunk, reach, holder, cost, leader, decode)
 
-    def _pace(self, loads: Loads, outlook: Outlook, order: Slots) -> Floats:
-        """By the number of ranks, how much slower than now it is when all of them compute."""
-        busy = loads.num_busy + np.cumsum(outlook.idle[order])
-        slowdown = 1.0 + self._steps.contention * np.maximum(0.0, busy - 1.0)
-        pace: Floats = slowdown / slowdown[0]
+    def _pace(self, loads: Loads, outlook: Outlook, groups: Members) -> Floats:
+        """How much slower than with one more busy instance it is when all ranks compute."""
+        idle, contention = total(outlook.idle, groups), self._steps.contention
+        together = 1.0 + contention * np.maximum(0.0, loads.num_busy + idle - 1.0)
+        alone = loads.num_busy + np.minimum(idle, 1.0)
+        pace: Floats = together / (1.0 + contention * np.maximum(0.0, alone - 1.0))
         return pace
-
-    def _harm(
-        self, outlook: Outlook, order: Slots, sizes: Slots, total: Floats, num_chunks: Floats
-    ) -> Floats:
-        """Seconds that those who decode on any of the ranks are delayed."""
-        delay = np.maximum(0.0, total[:, None] - num_chunks[:, None] * outlook.step[order])
-        share = np.minimum(1.0, outlook.rest[order] / num_chunks[:, None])
-        ranks = np.arange(len(order)) < sizes[:, None]
-        harm: Floats = np.where(ranks, outlook.there[order] * delay * share, 0.0).sum(axis=1)
-        return harm
 
     # The chosen one
 
@@ -264,24 +323,28 @@ class GroupChooser:
         i: int,
     ) -> Choice | None:
         """The placement of candidate `i`; None if it has no room, by the exact slices."""
-        size, leader = int(candidates.sizes[i]), int(candidates.leader[i])
-        ranks = [int(slot) for slot in candidates.order[:size]]
-        ranks.remove(leader)
-        ranks.insert(0, leader)
+        leader, group = int(candidates.leader[i]), candidates.groups[i]
+        ranks = [leader, *(int(slot) for slot in np.flatnonzero(group) if slot != leader)]
         cached, holder = int(candidates.cached[i]), int(candidates.holder[i])
         ask, decode = question.ask, int(candidates.decode[i])
-        work = self.work(cached, len(ask.prompt), size)
         answer = ask.max_tokens if decode == leader else 1
-        if not self._has_room(loads, ranks, work, cached, holder, answer):
+        # Fewer chunks give nobody as many blocks more than others.
+        for chunk in (int(candidates.chunk_tokens[i]), self._config.max_num_batched_tokens):
+            work = self.work(cached, len(ask.prompt), len(ranks), chunk)
+            if self._has_room(loads, ranks, work, cached, holder, answer):
+                break
+        else:
             return None
-        pace = float(self._pace(loads, outlook, candidates.order)[size - 1])
-        total = self.seconds(work, outlook.speed[ranks] * pace, outlook.beside[ranks])
-        ttft = float((outlook.wait + outlook.cold)[ranks].max()) + total
+        pace = float(self._pace(loads, outlook, group[None, :])[0])
+        prefill = self.seconds(work, outlook.speed[ranks] * pace, outlook.beside[ranks])
+        ttft = float((outlook.wait + outlook.cold)[ranks].max()) + prefill
+        passing = np.minimum(work.num_chunks, outlook.queue_steps[ranks])
+        ttft += float((passing * outlook.queue_step[ranks]).max())
         return Choice(
             leader,
             decode,
-            prediction=Prediction(ttft, ttft + float(outlook.decode[decode]), total),
-            group=GroupChoice(ranks, cached, holder if holder >= 0 else None),
+            prediction=Prediction(ttft, ttft + float(outlook.decode[decode]), prefill),
+            group=GroupChoice(ranks, cached, holder if holder >= 0 else None, chunk),
         )
 
     def _has_room(
@@ -304,36 +367,8 @@ class GroupChooser:
         return bool((blocks <= loads.rows["capacity"][ranks]).all())
 
 
-def _most(values: Floats, order: Slots, last: Slots) -> Floats:
-    """The largest of the first so many of an order."""
-    largest: Floats = np.maximum.accumulate(values[order])[last]
-    return largest
-
-
-def _decoding(
-    outlook: Outlook, order: Slots, last: Slots, *, required: bool
-) -> tuple[Slots, Slots, Floats]:
-    """For each size who leads, who decodes, and what that costs.
-
-    What fits no arena is decoded by its leader, whatever that one's role is.
-    """
-    here, others = outlook.here[order], outlook.elsewhere.copy()
-    others[order] = np.inf
-    if required:
-        here, others = np.where(np.isfinite(here), here, outlook.decode[order]), others + np.inf
-    best_here = np.minimum.accumulate(here)
-    leaders = np.array([int(np.argmin(here[: n + 1])) for n in last])
-    # Whoever is no rank may take it over: those of no order, and the rest of this one.
-    outsider = int(np.argmin(others))
-    rest = np.append(outlook.elsewhere[order], np.inf)
-    taking = np.array([n + 1 + int(np.argmin(rest[n + 1 :])) for n in last])
-    handed = np.full(len(last), np.inf) if required else np.minimum(rest[taking], others[outsider])
-    inside = order[np.minimum(taking, len(order) - 1)]
-    elsewhere = np.where(rest[taking] <= others[outsider], inside, outsider)
-    colocated = best_here[last] <= handed
-    leader = order[leaders]
-    return (
-        leader,
-        np.where(colocated, leader, elsewhere),
-        np.where(colocated, best_here[last], handed),
-    )
+def _given(burden: Floats, slots: Slots) -> Floats:
+    """The same with one slot in front of all others, by size."""
+    given = burden.copy()
+    given[np.arange(len(burden)), slots] = -1.0
+    return given

@@ -26,9 +26,13 @@ ROW = np.dtype(
         ("prefills", np.bool_),  # takes new prompts: by its role, or since nobody's role says so
         ("decodes", np.bool_),
         ("num_queued", np.float64),  # prompts without their first token
-        ("queued_tokens", np.float64),  # tokens of theirs still to compute
+        ("num_groups", np.float64),  # of those, the ones that it computes as a rank of a group
+        ("queued_tokens", np.float64),  # tokens still to compute of the others
         ("queued_pairs", np.float64),  # and what these attend to
         ("queued_read", np.float64),  # and what stands before their chunks
+        ("group_tokens", np.float64),  # its share of the groups' tokens
+        ("group_seconds", np.float64),  # what the groups will take
+        ("group_steps", np.float64),  # in so many chunks
         ("since", np.float64),  # when the first of them began, as far as known
         ("num_incoming", np.float64),  # sequences that it will decode, still prefilled somewhere
         ("num_decoding", np.float64),
@@ -80,6 +84,9 @@ class Ticket:
     expected_end: float
     """Number of tokens at which its answer probably ends."""
     dispatched_at: float
+    group_steps: int = 0
+    """Chunks in which a group computes it; 0: none does."""
+    group_seconds: float = 0.0
     num_tokens: int = 0
     first_token_at: float = 0.0
 
@@ -187,15 +194,19 @@ class Loads:
         """What is queued on each slot and goes before a prompt of this order: [4, slots].
 
         Prompts, their tokens still to compute, the pairs that these attend to, what chunks read.
+        Without those of groups, which take turns with all others.
         """
         found = np.zeros((4, len(self.rows)))
         for ticket in tickets:
-            if ticket.first_token_at or ticket.placement.order > order:
+            if ticket.first_token_at or ticket.group_steps or ticket.placement.order > order:
                 continue
-            share = 1 / len(ticket.prefill)
-            new = (share * ticket.num_new_tokens, share * ticket.num_new_pairs)
             for slot in self._slots_of(ticket.prefill):
-                found[:, slot] += (1, *new, ticket.num_new_read)
+                found[:, slot] += (
+                    1,
+                    ticket.num_new_tokens,
+                    ticket.num_new_pairs,
+                    ticket.num_new_read,
+                )
         return found
 
     def dispatched(self, ticket: Ticket, prefill_seconds: float, now: float) -> None:
@@ -207,10 +218,7 @@ class Loads:
             row = self.rows[slot]
             if row["num_queued"] == 0:
                 row["since"] = now
-            row["num_queued"] += 1
-            row["queued_tokens"] += ticket.num_new_tokens / len(ticket.prefill)
-            row["queued_pairs"] += ticket.num_new_pairs / len(ticket.prefill)
-            row["queued_read"] += ticket.num_new_read
+            self._queue(row, ticket, 1)
             fading = math.exp((row["pressure_at"] - now) / PRESSURE_SECONDS)
             row["pressure"] = row["pressure"] * fading + prefill_seconds / PRESSURE_SECONDS
             seen = prefill_seconds**2 / 2 / PRESSURE_SECONDS
@@ -280,6 +288,7 @@ class Loads:
             else:
                 again._add_decoding(ticket, 1)
         names = ["num_queued", "queued_tokens", "queued_pairs", "queued_read", "num_incoming"]
+        names += ["num_groups", "group_tokens", "group_seconds", "group_steps"]
         names += ["num_decoding", "context", "remaining"]
         return [
             name for name in names if not np.allclose(self.rows[name], again.rows[name], atol=1e-6)
@@ -289,10 +298,19 @@ class Loads:
         for slot in self._slots_of(ticket.prefill):
             row = self.rows[slot]
             row["since"] = now
-            row["num_queued"] -= 1
-            row["queued_tokens"] -= ticket.num_new_tokens / len(ticket.prefill)
-            row["queued_pairs"] -= ticket.num_new_pairs / len(ticket.prefill)
-            row["queued_read"] -= ticket.num_new_read
+            self._queue(row, ticket, -1)
+
+    def _queue(self, row: np.void, ticket: Ticket, sign: int) -> None:
+        row["num_queued"] += sign
+        if ticket.group_steps:
+            row["num_groups"] += sign
+            row["group_tokens"] += sign * ticket.num_new_tokens / len(ticket.prefill)
+            row["group_seconds"] += sign * ticket.group_seconds
+            row["group_steps"] += sign * ticket.group_steps
+        else:
+            row["queued_tokens"] += sign * ticket.num_new_tokens
+            row["queued_pairs"] += sign * ticket.num_new_pairs
+            row["queued_read"] += sign * ticket.num_new_read
 
     def _slots_of(self, instances: Iterable[int]) -> list[int]:
         """Their slots, without those that have gone."""

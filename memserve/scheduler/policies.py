@@ -52,6 +52,8 @@ class GroupChoice:
     """Leading tokens that are used where they lie."""
     holder: int | None
     """Who holds them; None: they are spread, as the question says."""
+    chunk_tokens: int
+    """New tokens that each rank computes in a step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,7 @@ def backlog(loads: Loads) -> Floats:
     """How much work waits at or runs on each instance, in sequences."""
     rows = loads.rows
     sequences: Floats = rows["num_decoding"] + rows["num_incoming"] + rows["num_queued"]
-    waiting: Floats = rows["queued_tokens"] / PREFILL_STEP
+    waiting: Floats = (rows["queued_tokens"] + rows["group_tokens"]) / PREFILL_STEP
     return sequences + waiting
 
 

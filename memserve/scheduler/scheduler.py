@@ -164,7 +164,7 @@ class Scheduler:
         group = placement.group
         num_new = num_prompt - num_done if choice == 0 or group else 1
         flow = ask.tenant or ask.session
-        seconds = self._prefill_seconds(num_new, num_prompt - num_new, group)
+        seconds, group_steps = self._prefill_seconds(num_new, num_prompt - num_new, group)
         length = self._lengths.remaining(0, ask.max_tokens)
         added_to = list(group.instances) if group else [placement.prefill]
         added = Ticket(
@@ -185,6 +185,8 @@ class Scheduler:
             ),
             expected_end=length,
             dispatched_at=now,
+            group_steps=group_steps,
+            group_seconds=seconds if group else 0.0,
         )
         self._tickets[ticket] = added
         self._loads.dispatched(added, seconds, now)
@@ -356,14 +358,15 @@ class Scheduler:
             cached = self._tree.locate(holder, question.packed, question.ask.salt)
         return GroupPlan(
             instances=[int(instances[slot]) for slot in group.ranks],
-            chunk_tokens=self._config.max_num_batched_tokens,
+            chunk_tokens=group.chunk_tokens,
             cached=cached[: group.num_cached // self._config.block_size],
         )
 
     def _num_shared_blocks(self, group: GroupPlan, ticket: Ticket) -> int:
         """What its ranks read of each other, by the plan."""
         num_ranks, size = len(group.instances), self._config.block_size
-        work = self._chooser.work(len(group.cached) * size, ticket.num_prompt_tokens, num_ranks)
+        num_cached, chunk = len(group.cached) * size, group.chunk_tokens
+        work = self._chooser.work(num_cached, ticket.num_prompt_tokens, num_ranks, chunk)
         owners = [ref.instance for ref in group.cached]
         return work.remote_blocks(np.array([owners.count(one) for one in group.instances]))
 
@@ -377,14 +380,17 @@ class Scheduler:
         refs = self._tree.locate(source, question.packed, ask.salt)[first:num_blocks]
         return Fetch(source, first, refs) if refs else None
 
-    def _prefill_seconds(self, num_new: int, num_before: int, group: GroupPlan | None) -> float:
-        """The paper's exec(x, y) for an instance of mean speed, or for each of a group."""
+    def _prefill_seconds(
+        self, num_new: int, num_before: int, group: GroupPlan | None
+    ) -> tuple[float, int]:
+        """The paper's exec(x, y) for an instance of mean speed, or for each of a group; its chunks."""
         if group is not None:
-            num_ranks = len(group.instances)
-            work = self._chooser.work(num_before, num_before + num_new, num_ranks)
-            return self._chooser.seconds(work, np.ones(num_ranks), np.zeros(num_ranks))
+            num_ranks, end = len(group.instances), num_before + num_new
+            work = self._chooser.work(num_before, end, num_ranks, group.chunk_tokens)
+            seconds = self._chooser.seconds(work, np.ones(num_ranks), np.zeros(num_ranks))
+            return seconds, work.num_chunks
         new = np.array(float(num_new))
         pairs = np.array(float(num_pairs(num_new, num_before)))
         chunk = self._config.max_num_batched_tokens
         read = np.array(float(num_read(num_new, num_before, chunk)))
-        return float(self.steps.costs.prefill(new, pairs, read, chunk)[0])
+        return float(self.steps.costs.prefill(new, pairs, read, chunk)[0]), 0

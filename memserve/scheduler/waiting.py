@@ -1,5 +1,9 @@
 """What runs and waits on each instance, in seconds, and how long a prompt waits for it there.
 
+Groups and other prompts take turns on every rank: a group's chunk, then one step of others
+(`memserve.workers.turns`). So a prompt meets one chunk of a group for each of its own steps and of
+those before it, and a group one step of others for each of its chunks, as far as there are any.
+
 Vectors over the slots of `Loads`, as everywhere in the cost policy. Knows what has been dispatched, not
 what is still to come.
 """
@@ -31,12 +35,23 @@ class State:
     rest: Floats
     """Tokens that a sequence there will still generate, in the mean."""
     queue: Floats
-    """The queued prefills alone."""
+    """The queued prefills alone, without those of groups."""
     queue_steps: Floats
     fading: Floats
     """What is left of the memory of past prefills."""
     pressure: Floats
     """The share of time that prefills will take."""
+    any_group: bool
+    """Whether a group computes anywhere."""
+    group: Floats
+    """What groups compute there."""
+    group_steps: Floats
+
+    def between(self, first: Floats, steps: Floats) -> Floats:
+        """The chunks of groups that come before so many steps, after `first` others."""
+        chunk = self.group / np.maximum(self.group_steps, 1.0)
+        seconds: Floats = np.clip(self.group_steps - first, 0.0, steps) * chunk
+        return seconds
 
 
 def state_of(loads: Loads, steps: StepModel, chunk: int, now: float) -> State:
@@ -51,28 +66,54 @@ def state_of(loads: Loads, steps: StepModel, chunk: int, now: float) -> State:
         rows["queued_tokens"], rows["queued_pairs"], rows["queued_read"], chunk
     )
     fading = loads.fading(now)
+    beside = costs.beside(batch, context) * speed
     return State(
         speed=speed,
         idle=idle,
         batch=batch,
         step=costs.decoding(batch, context) * speed,
-        beside=costs.beside(batch, context) * speed,
+        beside=beside,
         rest=rows["remaining"] / sequences,
         queue=queue * speed,
         queue_steps=queue_steps,
         fading=fading,
         pressure=expected_pressure(loads, fading),
+        any_group=bool(np.count_nonzero(rows["num_groups"])),
+        group=rows["group_seconds"] * speed + rows["group_steps"] * beside,
+        group_steps=rows["group_steps"],
     )
 
 
 def behind(queued: Floats, loads: Loads, state: State, now: float) -> Floats:
-    """Seconds until `queued` prompts, the queue of `state`, are computed."""
+    """Seconds until `queued` prompts, the queue of `state`, are computed; no group's among them."""
     seconds = state.queue + state.queue_steps * state.beside
-    since = loads.rows["since"]
-    done = np.minimum(np.maximum(0.0, now - since), 0.9 * seconds / np.maximum(queued, 1.0))
-    # Even an idle queue waits for the step that runs.
-    waiting: Floats = np.where(queued > 0, seconds - done, state.step / 2)
+    if not state.any_group:
+        done = _done(queued, seconds, loads, now)
+        # Even an idle queue waits for the step that runs.
+        return np.where(queued > 0, seconds - done, state.step / 2)
+    seconds = seconds + state.between(np.zeros(len(queued)), state.queue_steps)
+    # After the last of them the group has its turn; of one under way half is to come.
+    turn = state.between(state.queue_steps, np.where(queued > 0, 1.0, 0.5))
+    following = np.where(queued + state.group_steps > 0, turn, state.step / 2)
+    waiting: Floats = seconds - _done(queued, seconds, loads, now) + following
     return waiting
+
+
+def until_groups_end(loads: Loads, state: State, now: float) -> tuple[Floats, Floats]:
+    """Seconds until the groups there are computed, and the steps of others that this takes."""
+    passing = np.minimum(state.group_steps, state.queue_steps)
+    step = state.queue / np.maximum(state.queue_steps, 1.0) + state.beside
+    seconds = state.group + passing * step
+    num_groups = loads.rows["num_groups"]
+    done = _done(num_groups, seconds, loads, now)
+    return np.where(num_groups > 0, seconds - done, state.step / 2), passing
+
+
+def _done(number: Floats, seconds: Floats, loads: Loads, now: float) -> Floats:
+    """What of this is probably over already, if it takes so long for so many prompts."""
+    elapsed = np.maximum(0.0, now - loads.rows["since"])
+    done: Floats = np.minimum(elapsed, 0.9 * seconds / np.maximum(number, 1.0))
+    return done
 
 
 def for_room(ask: Ask, ahead: Floats, max_num_seqs: int, loads: Loads, state: State) -> Floats:

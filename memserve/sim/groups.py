@@ -1,10 +1,11 @@
 """Prompts that several simulated instances prefill together: `memserve.workers.parallel`, in numbers.
 
-Each rank reserves the blocks of its own slices, or the group is dissolved at once. The ranks compute a
-chunk at the same time: one that is ready goes on with ordinary steps until all are, then waits for
-those in the middle of a step. A chunk takes as long as the longest share and the synchronisation; what
-decodes on a rank decodes beside its share. Then the leader decodes: with room, on copies of all
-blocks (they are gathered), else on the others' where they lie.
+Each rank reserves the blocks of its own slices, or the group is dissolved at once. The ranks
+compute a chunk at the same time: before it each may have one step of other prompts; one that is
+ready goes on decoding until all are, then waits for those in the middle of a step. A chunk takes as
+long as the longest share and the synchronisation; what decodes on a rank decodes beside its share.
+Then the leader decodes: with room, on copies of all blocks (they are gathered), else on the others'
+where they lie.
 
 Contract: blocks that a rank holds for a group are given back exactly once. A rank works on its groups
 one after the other, in the order of their starts.
@@ -58,6 +59,8 @@ class SimulatedGroup:
     chunk: int = 0
     ready: set[int] = field(default_factory=set)
     entered: set[int] = field(default_factory=set)
+    gave_way: set[int] = field(default_factory=set)
+    """Instances that have computed others' prompts since the last chunk."""
     gone: bool = False
 
     def join(self, rank: int) -> None:
@@ -124,6 +127,16 @@ class SimulatedGroup:
 
     # Chunks
 
+    def gives_way(self, number: int) -> bool:
+        """Whether an instance may compute other prompts before the next chunk."""
+        return number not in self.gave_way and len(self.ready) < len(self.parts)
+
+    def give_way(self, number: int) -> None:
+        """It does; only once, unless others are still at work on an older group."""
+        self.ready.discard(number)
+        if all(part.instance.groups[0] is self for part in self.parts):
+            self.gave_way.add(number)
+
     def meet(self, instance: "SimulatedInstance") -> bool:
         """An instance can compute its share of the next chunk; whether it waits for the others now."""
         number = instance.number
@@ -167,6 +180,7 @@ class SimulatedGroup:
             self.chunk += 1
             self.ready.clear()
             self.entered.clear()
+            self.gave_way.clear()
             if self.chunk == self.work.num_chunks:
                 self._finish()
         for instance in instances:

@@ -26,13 +26,12 @@ from memserve.sim.costs import Floats, Profile
 from memserve.sim.groups import SimulatedGroup
 from memserve.sim.handover import Arrivals, Departures
 from memserve.sim.sequence import Sequence
-from memserve.sim.steps import Run, Work
+from memserve.sim.steps import Run, Work, calibration_copies, calibration_steps
 
 HEARTBEAT_S = 1.0
 MAX_RUN = 512  # decode steps in one event
 MAX_SHARED_RUN = 4  # the same where others on the device change the steps' time
 MAX_SAMPLES = 64  # steps told with one heartbeat
-CALIBRATED_CONTEXT = 2048
 
 
 class Outlet(Protocol):
@@ -152,24 +151,8 @@ class SimulatedInstance:
 
     def calibrate(self) -> None:
         """Tell how long a few steps and copies take on an idle instance, as workers do at start."""
-        chunk = self._profile.max_num_batched_tokens
-        shapes = [(n, num_pairs(n, 0), 0, 0) for n in (chunk, chunk // 2, chunk // 4)]
-        shapes += [(chunk, num_pairs(chunk, CALIBRATED_CONTEXT), 0, 0)]
-        shapes += [(0, 0, n, n * c) for n in (1, 4, 16) for c in (64, 1024)]
-        shapes += [(chunk // 2, num_pairs(chunk // 2, 0), 8, 8 * 512)]
-        steps = [
-            StepSample(
-                *shape,
-                self._profile.step_seconds(*shape) * float(self._factor(1)[0]),
-                num_prefill_context=CALIBRATED_CONTEXT * (shape[1] > num_pairs(shape[0], 0)),
-            )
-            for shape in shapes
-        ]
-        copies = [
-            CopySample(n * self.block_bytes, self._profile.copy_seconds(n * self.block_bytes))
-            for n in (1, 16, 64)
-        ]
-        self._outlet.beat(self.number, steps, copies)
+        steps = calibration_steps(self._profile, lambda: float(self._factor(1)[0]))
+        self._outlet.beat(self.number, steps, calibration_copies(self._profile, self.block_bytes))
 
     # The loop
 
@@ -182,22 +165,25 @@ class SimulatedInstance:
                 message()
         self.arrivals.expire(self._clock.now)
         self.arrivals.reserve()
+        group = self.groups[0] if self.groups else None
+        passing = group is None or group.gives_way(self.number)
+        slices = self.batcher.schedule(prefill=passing)
         self._handling = False
-        if self.groups and self.groups[0].meet(self):
-            self._tell_index()
-            return
-        self._handling = True
-        slices = self.batcher.schedule()
-        self._handling = False
+        waits = False
+        if group is not None and group in self.groups:
+            if passing and any(sequence.prefilling for sequence, _ in slices):
+                group.give_way(self.number)
+            else:
+                waits = group.meet(self)
         self._charge_swaps()
         self._tell_index()
-        if slices:
+        if slices and not waits:
             self._run = self._started(slices)
             self._end_at(self._run)
 
     def _started(self, slices: list[Slice]) -> Run:
         """The next step; if it only decodes, as many like it as nothing else is to be done."""
-        prefills = [(s, n) for s, n in slices if s.num_pending > 1 or not s.num_outputs]
+        prefills = [(s, n) for s, n in slices if s.prefilling]
         num_decodes = len(slices) - len(prefills)
         decode_pairs = sum(s.num_computed + 1 for s, _ in slices if s.num_pending == 1)
         decode_pairs -= sum(s.num_computed + 1 for s, _ in prefills if s.num_pending == 1)
@@ -344,7 +330,7 @@ class SimulatedInstance:
         for sequence, num_tokens in run.slices:
             if num_tokens == sequence.num_pending:
                 sampled.append(sequence)
-            if sequence.num_pending > 1 or not sequence.num_outputs:
+            if sequence.prefilling:
                 prefilled.append(sequence)
                 self.work.num_prefill_tokens += num_tokens
             else:

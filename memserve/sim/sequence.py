@@ -45,6 +45,11 @@ class Sequence:
         return self.num_prompt_tokens + self.num_outputs - self.num_computed
 
     @property
+    def prefilling(self) -> bool:
+        """Whether more than its newest own token is still to be computed."""
+        return self.num_pending > 1 or not self.num_outputs
+
+    @property
     def num_blocks(self) -> int:
         """Blocks held, here or by others for it."""
         return len(self.pinned) + self.num_private + self.num_remote

@@ -46,6 +46,20 @@ def test_what_decodes_on_a_rank_goes_on_beside_its_share() -> None:
     assert first.jct == pytest.approx(alone + 4 * (0.0064 + SYNC), abs=0.012)
 
 
+def test_other_prompts_take_turns_with_its_chunks() -> None:
+    others = [single(0.03 + number / 100, 2 + number, 48, 1) for number in range(6)]
+    cluster = run("2M", [single(0.0, 1, 1024, 5), *others])
+    assert cluster.outcomes.num_groups == 1
+    long, *short = sorted(cluster.outcomes.requests, key=lambda outcome: outcome.sent)
+    chunk, step = 0.01 + 0.0064 + SYNC, 0.01 + 0.0096 + 0.001
+    # Each waits for the chunk under way and, three of them on each instance, for those before it.
+    for place, outcome in enumerate(short):
+        assert outcome.ttft <= (place // 2 + 1) * (chunk + step)
+        assert outcome.first_token < long.first_token
+    # Before each of at most six chunks one or both instances computed others.
+    assert 8 * chunk < long.ttft <= 8 * chunk + 6 * step
+
+
 def test_a_second_turn_uses_what_the_first_left_on_its_leader() -> None:
     cluster = run("2M", [chat(0.0, 1, [(640, 5), (320, 4)])])
     _, second = sorted(cluster.outcomes.requests, key=lambda outcome: outcome.sent)
