@@ -24,6 +24,7 @@ from memserve.scheduler.loads import Loads
 from memserve.scheduler.objectives import missed
 from memserve.scheduler.outlook import Outlook
 from memserve.scheduler.policies import Choice, Floats, Question
+from memserve.scheduler.spread import SpreadPrefix
 from memserve.scheduler.waiting import State, behind, for_room, state_of, until_groups_end
 
 WORK_PRICE = 0.1
@@ -192,6 +193,8 @@ class LeastDelay:
         own, num_steps = costs.prefill(*_new(num_tokens, cached, chunk), chunk)
         own = own * speed + self._swap_in(question, rows["block_bytes"])
         longest, holders = _longest_elsewhere(question.held)
+        if question.spread is not None:
+            longest = np.maximum(longest, self._spread(question.spread, loads))
         fetched = np.maximum(0.0, longest - cached)
         if self._config.fetch_policy != "never" and np.count_nonzero(fetched):
             copying = self._copies.seconds(fetched / self._config.block_size * rows["block_bytes"])
@@ -222,6 +225,11 @@ class LeastDelay:
         if (slo := self._config.slo_ttft) is not None:
             harm = harm + missed(ttft, slo)
         return _Prefill(own, ttft, harm, fetched, holders)
+
+    def _spread(self, spread: SpreadPrefix, loads: Loads) -> Floats:
+        """What each slot may fetch of a prefix from all who hold a part; not who is one of them."""
+        owners = np.isin(loads.rows["instance"], list(spread.instances))
+        return np.where(owners, 0.0, len(spread.refs) * self._config.block_size)
 
     def _prices(self, loads: Loads, state: State) -> tuple[float, float]:
         """What a second of computing costs those still to come: this, and this times the TTFT."""

@@ -52,9 +52,10 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """Blocks to copy from another instance's arena instead of computing them (the paper's Eq. 2)."""
+    """Blocks to copy from others' arenas instead of computing them (the paper's Eq. 2)."""
 
     source: int
+    """Who holds them, or the first of them: a prefix may lie spread over several."""
     first_block: int
     """Number of `refs[0]` in the prompt."""
     refs: list[BlockRef]

@@ -375,10 +375,13 @@ class Scheduler:
             return None
         size = self._config.block_size
         first = cached // size
-        source = int(self._loads.rows["instance"][choice.source])
+        instances, spread = self._loads.rows["instance"], question.spread
         num_blocks = (len(ask.prompt) - 1) // size
-        refs = self._tree.locate(source, question.packed, ask.salt)[first:num_blocks]
-        return Fetch(source, first, refs) if refs else None
+        refs = self._tree.locate(int(instances[choice.source]), question.packed, ask.salt)
+        if spread is not None and instances[choice.prefill] not in spread.instances:
+            refs = max(refs, spread.refs, key=len)
+        refs = refs[first:num_blocks]
+        return Fetch(refs[0].instance, first, refs) if refs else None
 
     def _prefill_seconds(
         self, num_new: int, num_before: int, group: GroupPlan | None

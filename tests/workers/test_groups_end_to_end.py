@@ -149,6 +149,31 @@ async def test_what_was_never_gathered_is_found_again_by_a_group_of_the_same_ran
         cluster.reset_prefix_cache()
 
 
+async def test_what_lies_spread_is_fetched_from_all_who_hold_it_by_an_instance_outside() -> None:
+    by_cost = dataclasses.replace(
+        SP, max_sp=2, routing_policy="cost", elastic_roles=True, fetch_policy="always"
+    )
+    small = options(3, num_blocks=20, scheduler=by_cost, max_sp=2)
+    async with rig(small) as cluster:
+        document = [random.Random(2).randrange(50) for _ in range(110)]
+        await same(cluster, generation(0, document, 4))
+        assert cluster.groups.counts.num_kept == 1
+        (ranks,) = cluster.groups._kept.values()
+        for rank in ranks:
+            cluster.scheduler.set_leaving(rank)
+        asked = generation(1, [*document[:62], 3, 1, 4], 4)
+        async with cluster.generate(asked) as tokens:
+            events = [item.event async for item in tokens]
+        assert [event.token for event in events] == oracle_answer(asked.prompt, 4)
+        assert events[0].num_cached_tokens == 60
+        (outside,) = (
+            each.inspection.stats for each in await cluster.inspect() if each.number not in ranks
+        )
+        assert outside.num_fetched_blocks == 15
+        assert outside.num_failed_fetches == 0
+        cluster.reset_prefix_cache()
+
+
 async def test_prompts_larger_than_an_arena_are_served_and_larger_than_all_are_refused() -> None:
     async with rig(options(3, num_blocks=24)) as cluster:
         random_ = random.Random(4)
