@@ -52,7 +52,7 @@ class ServeConfig:
     )
     device: str = _flag(
         "auto",
-        "Where the model runs; auto: on the CPU for now. Workers take "
+        "Where the model runs; auto: on the GPUs that are visible, if torch can use them. Workers take "
         "GPUs in turn; several may share one.",
         choices=("auto", "cpu", "cuda"),
     )

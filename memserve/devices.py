@@ -32,12 +32,15 @@ class Device:
 
 def choose_gpus(config: ServeConfig) -> list[Gpu]:
     """The GPUs to serve on; none: on the CPU. Raises UsageError for what can't be done on a GPU."""
-    if config.device != "cuda":  # `auto` is the CPU until models run on GPUs
+    if config.device == "cpu":
         return []
     try:
         gpus = usable_gpus()
     except NoGpu as error:
-        raise UsageError(f"--device cuda: {error}") from None
+        if config.device == "cuda":
+            raise UsageError(f"--device cuda: {error}") from None
+        logger.debug("serving on the CPU: %s", error)
+        return []
     for name, is_set in (
         ("--max-sp other than 1", config.max_sp != 1),
         ("--dram-cache-dtype int8", config.dram_cache_dtype == "int8"),

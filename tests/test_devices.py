@@ -12,6 +12,7 @@ from memserve.config import ServeConfig
 from memserve.devices import Device, assign, choose_dtype, choose_gpus, gpu_cache_bytes
 from memserve.errors import UsageError
 from memserve.gpus import Gpu, NoGpu, torch_has_cuda, usable_gpus
+from memserve.model.prepared import PreparedModel
 from memserve.native.build import load_library
 from memserve.pool.refs import ArenaDescriptor, ArenaLayout, DeviceMemory
 from memserve.scheduler.interface import Role
@@ -55,18 +56,30 @@ def test_without_a_gpu_cuda_is_refused_in_a_line_and_auto_serves_on_the_cpu(
 @pytest.mark.parametrize(
     ("config", "flag"),
     [
-        (ServeConfig(device="cuda", max_sp=0), "--max-sp"),
-        (ServeConfig(device="cuda", dram_cache_dtype="int8"), "--dram-cache-dtype"),
-        (ServeConfig(device="cuda", cache_dir="/history"), "--cache-dir"),
+        (ServeConfig(max_sp=0), "--max-sp"),
+        (ServeConfig(dram_cache_dtype="int8"), "--dram-cache-dtype"),
+        (ServeConfig(cache_dir="/history"), "--cache-dir"),
     ],
 )
 def test_what_is_not_built_for_gpus_is_refused_by_name(
     monkeypatch: pytest.MonkeyPatch, config: ServeConfig, flag: str
 ) -> None:
     monkeypatch.setattr(devices, "usable_gpus", lambda: [HOPPER])
-    assert choose_gpus(ServeConfig(device="cuda")) == [HOPPER]
+    assert choose_gpus(ServeConfig()) == [HOPPER]
     with pytest.raises(UsageError, match=f"{flag}.*--device cpu"):
         choose_gpus(config)
+
+
+def test_the_plan_of_each_worker_names_its_gpu_and_its_share(
+    monkeypatch: pytest.MonkeyPatch, demo_model: PreparedModel
+) -> None:
+    monkeypatch.setattr(devices, "usable_gpus", lambda: [HOPPER, TURING])
+    config = ServeConfig(mixed=3, gpu_memory_utilization=0.5, enforce_eager=True)
+    engines = [plan.engine for plan in launcher.plan_instances(config, demo_model)]
+    assert [engine.device for engine in engines] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert [engine.device_memory_bytes >> 30 for engine in engines] == [20, 8, 20]
+    assert {(engine.kv_cache_bytes, engine.dtype) for engine in engines} == {(0, "float16")}
+    assert all(engine.enforce_eager for engine in engines)
 
 
 def test_kv_memory_is_what_was_asked_for_or_found_out_later() -> None:

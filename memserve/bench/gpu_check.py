@@ -71,15 +71,15 @@ class CheckReport(msgspec.Struct, frozen=True):
 
 
 PYTEST = [
-    *("-m", "pytest", "-q", "-x", "-m", "gpu", "tests/gpu"),
+    *("-m", "pytest", "-q", "-m", "gpu", "tests/gpu"),
     # What the tests are run with elsewhere may not be installed here.
     *("-o", "addopts=", "-o", "filterwarnings=default", "-p", "no:cacheprovider"),
 ]
 
 PARTS = (
-    Part("build", ["-c", BUILD], 120),
-    Part("tests", PYTEST, 240),
-    Part("memory", ["-m", "memserve.bench.gpu_memory"], 90, is_benchmark=True),
+    Part("build", ["-c", BUILD], 60),
+    Part("tests", PYTEST, 220),
+    Part("memory", ["-m", "memserve.bench.gpu_memory"], 60, is_benchmark=True),
 )
 
 

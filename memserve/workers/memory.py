@@ -95,6 +95,8 @@ class WorkerMemory:
             self._transfer, tiers, inbox, self.samples, patience=config.handover_timeout
         )
         self._within = TierCopy(self.hbm, self.hbm, copier)
+        if cuda is not None:  # compiles the kernel now, not when somebody waits for blocks
+            self._within.copy([0], [0], Tier.HBM)
 
     def _open_files(
         self,

@@ -31,6 +31,7 @@ class StepRunner(Protocol):
     ) -> list[Sampled]:
         """Write the KV of all slices; one result for each that samples, in their order.
 
+        Returns when all of it is in the arena, for other threads and processes to read.
         `written` may be told of the layers as they are written. Unless it `is_followed`, nobody reads
         them before the step's end, and it may be told less, or nothing.
         """
@@ -77,7 +78,12 @@ class Runner:
             written = None
         logits = self._forward(step_input(slices, self._space), written)
         rows = [sample_row(part.sequence, self._eos_token_ids) for part in slices if part.samples]
-        return sample_on_device(logits, rows) if on_gpu else sample(logits, rows)
+        if not on_gpu:
+            return sample(logits, rows)
+        sampled = sample_on_device(logits, rows)
+        # Without a token to sample nothing was waited for, and who hears of the blocks reads them.
+        torch.cuda.current_stream(self._model.device).synchronize()
+        return sampled
 
     def _forward(self, step: StepInput, written: LayerWritten | None) -> torch.Tensor:
         if self._graphs is not None and written is None:

@@ -13,6 +13,7 @@ from memserve.model.loading import load_model
 from memserve.model.model import Model
 from memserve.pool.refs import ArenaLayout
 from memserve.workers.engine import Engine
+from memserve.workers.gpu import explained_shortage, open_gpu, with_cache_size
 from memserve.workers.link import Link
 from memserve.workers.memory import WorkerMemory
 from memserve.workers.runner import build_runner
@@ -45,32 +46,39 @@ def serve(configure: Configure, link: Link, descriptors: socket.socket) -> None:
     config = configure.engine
     torch.set_num_threads(config.num_threads)
     torch.set_grad_enabled(False)
-    model = load_model(
-        Path(config.weights),
-        device=config.device,
-        dtype=config.dtype,
-        max_model_len=config.max_model_len,
-        block_size=config.block_size,
-    )
-    memory = WorkerMemory(
-        config,
-        block_shape(model, config),
-        instance=configure.instance,
-        epoch=configure.epoch,
-        inbox=link.inbox,
-    )
-    engine = Engine(
-        config,
-        link,
-        memory.pool,
-        build_runner(
+    with explained_shortage():
+        cuda = open_gpu(config)
+        model = load_model(
+            Path(config.weights),
+            device=config.device,
+            dtype=config.dtype,
+            max_model_len=config.max_model_len,
+            block_size=config.block_size,
+        )
+        shape = block_shape(model, config)
+        if cuda is not None:
+            config = with_cache_size(config, model, shape)
+        memory = WorkerMemory(
+            config,
+            shape,
+            instance=configure.instance,
+            epoch=configure.epoch,
+            inbox=link.inbox,
+            cuda=cuda,
+        )
+        runner = build_runner(
             model,
             memory.hbm.tensor,
             eos_token_ids=config.eos_token_ids,
             max_num_seqs=config.max_num_seqs,
             enforce_eager=config.enforce_eager,
             space=memory.space,
-        ),
+        )
+    engine = Engine(
+        config,
+        link,
+        memory.pool,
+        runner,
         start_copy=memory.copier.start,
         start_swap=memory.copier.start_swap,
         start_pull=memory.copier.start_pull,

@@ -52,6 +52,7 @@ def test_a_prefix_on_a_peers_gpu_is_copied_and_what_is_recycled_meanwhile_comput
     holder, receiver = HandEngine(0, cuda=FakeCuda()), HandEngine(1, cuda=gpu)
     with engines(holder, receiver):
         holder.ask(1, DOCUMENT)
+        gpu.launches.clear()
         assert receiver.ask(1, DOCUMENT, fetch=holder.refs(DOCUMENT)) == 80
         assert len(gpu.launches) == 1
         other = [9, *DOCUMENT]

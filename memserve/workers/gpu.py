@@ -1,0 +1,100 @@
+"""A worker's GPU: opened before the model is loaded, and what the model leaves of its memory.
+
+The share of the GPU's memory that a worker may fill is given (`EngineConfig.device_memory_bytes`). What
+its model takes is measured: weights and the workspace of the largest step are what torch has reserved
+after one. KV blocks get the rest. What torch knows nothing of is allowed for by two constants.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import msgspec
+import torch
+
+from memserve.config import EngineConfig
+from memserve.errors import UsageError
+from memserve.model.model import Model
+from memserve.model.step import StepInput
+from memserve.pool.cuda_runtime import Cuda, open_cuda
+from memserve.pool.refs import ArenaLayout
+
+logger = logging.getLogger(__name__)
+
+CONTEXT_BYTES = 640 << 20
+"""CUDA's own of each process: context, code of kernels, cuBLAS."""
+GRAPH_BYTES = 512 << 20
+"""What recorded graphs keep."""
+
+
+def open_gpu(config: EngineConfig) -> Cuda | None:
+    """The worker's GPU; None on a CPU. Raises UsageError where torch can't use it."""
+    if not config.device.startswith("cuda:"):
+        return None
+    return open_cuda(int(config.device.removeprefix("cuda:")))
+
+
+@contextmanager
+def explained_shortage() -> Iterator[None]:
+    """Torch's lack of GPU memory while a worker starts becomes a UsageError that says what to lower."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).split(". ", maxsplit=1)[0]
+        raise UsageError(
+            f"too little GPU memory to start ({reason}): lower --max-num-batched-tokens, "
+            "--max-num-seqs or the number of workers, or choose a smaller model"
+        ) from error
+
+
+def with_cache_size(config: EngineConfig, model: Model, shape: ArenaLayout) -> EngineConfig:
+    """The configuration with its KV cache as large as the model leaves room for.
+
+    `shape` is the layout of one block. Whatever was given stays.
+    """
+    if config.kv_cache_bytes:
+        return config
+    taken = largest_step_bytes(config, model, shape) + CONTEXT_BYTES
+    taken += 0 if config.enforce_eager else GRAPH_BYTES
+    left = config.device_memory_bytes - taken
+    logger.info(
+        "of %.2f GiB of GPU memory, model and workspace take %.2f; KV blocks get %.2f",
+        *(number / 2**30 for number in (config.device_memory_bytes, taken, max(left, 0))),
+    )
+    if left < shape.block_bytes:
+        raise UsageError(
+            f"the model takes {taken / 2**30:.2f} GiB of GPU memory, but a worker's share is "
+            f"{config.device_memory_bytes / 2**30:.2f} GiB: raise --gpu-memory-utilization, start "
+            "fewer workers, or lower --max-num-batched-tokens"
+        )
+    return msgspec.structs.replace(config, kv_cache_bytes=left)
+
+
+def largest_step_bytes(config: EngineConfig, model: Model, shape: ArenaLayout) -> int:
+    """What torch has reserved on the GPU after the largest step, without the arena that it ran on."""
+    num_tokens = min(config.max_num_batched_tokens, config.max_model_len)
+    step = one_prompt(num_tokens, config.block_size, num_outputs=config.max_num_seqs)
+    num_blocks = step.block_table.shape[1]
+    dtype: torch.dtype = getattr(torch, shape.dtype)
+    torch.cuda.reset_peak_memory_stats(model.device)
+    arena = torch.zeros(num_blocks, *shape.block_shape, dtype=dtype, device=model.device)
+    model.forward(step.to(model.device), arena)
+    torch.cuda.synchronize(model.device)
+    peak = torch.cuda.max_memory_reserved(model.device) - arena.nbytes
+    del arena
+    torch.cuda.empty_cache()
+    return peak
+
+
+def one_prompt(num_tokens: int, block_size: int, *, num_outputs: int) -> StepInput:
+    """A step that computes one prompt of so many tokens, with logits of the last `num_outputs`."""
+    num_blocks = -(-num_tokens // block_size)
+    first = max(0, num_tokens - num_outputs)
+    return StepInput(
+        token_ids=torch.zeros(num_tokens, dtype=torch.int64),
+        positions=torch.arange(num_tokens),
+        query_start=torch.tensor([0, num_tokens], dtype=torch.int32),
+        kv_len=torch.tensor([num_tokens], dtype=torch.int32),
+        block_table=torch.arange(num_blocks, dtype=torch.int32)[None],
+        output_rows=torch.arange(first, num_tokens),
+    )

@@ -1,0 +1,92 @@
+"""Real servers on a GPU, over a small model of random weights."""
+
+import os
+import signal
+import time
+import urllib.error
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from memserve.bench.small_model import VOCAB_SIZE, small_model
+from memserve.paths import cache_dir
+from tests.e2e.greedy import assert_greedy
+from tests.e2e.servers import SMALL, ServerProcess, assert_all_home, serve
+from tests.gpu import needs_gpu
+
+pytestmark = needs_gpu
+
+ON_GPU = ("--device", "cuda", "--dtype", "float32", "--served-model-name", "small")
+LENGTHS = (5, 200, 1500)
+NUM_TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def is_greedy() -> Callable[[list[int], list[int]], None]:
+    """Fails unless transformers, on the CPU in float32, gives the same answer."""
+    from transformers import AutoModelForCausalLM
+
+    folder = small_model(cache_dir())
+    reference: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return lambda prompt, answer: assert_greedy(reference, prompt, answer)
+
+
+def prompt(length: int) -> list[int]:
+    generator = torch.Generator().manual_seed(length)
+    tokens: list[int] = torch.randint(1, VOCAB_SIZE, (length,), generator=generator).tolist()
+    return tokens
+
+
+def ask(server: ServerProcess, tokens: list[int]) -> list[int]:
+    body = {
+        "model": "small",
+        "prompt": tokens,
+        "max_tokens": NUM_TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
+    answer: list[int] = server.post("/v1/completions", body)["choices"][0]["token_ids"]
+    return answer
+
+
+def test_a_prompt_goes_from_one_process_to_the_other_and_survives_their_deaths(
+    tmp_path: Path, is_greedy: Callable[[list[int], list[int]], None]
+) -> None:
+    layout = ("--prefill", "1", "--decode", "1", "--dram-cache-memory", "64M")
+    folder = str(small_model(cache_dir()))
+    with serve(folder, *ON_GPU, *SMALL, *layout, log=tmp_path / "log") as server:
+        for length in LENGTHS:
+            for _ in range(2):  # the second time from the cache
+                is_greedy(prompt(length), ask(server, prompt(length)))
+        assert_all_home(server)
+        for worker in server.workers():
+            os.kill(worker, signal.SIGKILL)
+            is_greedy(prompt(200), patiently(server, prompt(200)))
+        assert_all_home(server, 60)
+
+
+def patiently(server: ServerProcess, tokens: list[int]) -> list[int]:
+    """Ask until there is a worker again."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return ask(server, tokens)
+        except urllib.error.HTTPError:
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+
+
+def test_a_worker_fills_its_share_of_the_memory_with_kv(
+    tmp_path: Path, is_greedy: Callable[[list[int], list[int]], None]
+) -> None:
+    flags = ("--port", "0", "--gpu-memory-utilization", "0.2", "--mixed", "2")
+    folder = str(small_model(cache_dir()))
+    with serve(folder, *ON_GPU, *flags, log=tmp_path / "log") as server:
+        is_greedy(prompt(200), ask(server, prompt(200)))
+        free, total = torch.cuda.mem_get_info()
+        assert total - free > 0.1 * total
+        assert_all_home(server)

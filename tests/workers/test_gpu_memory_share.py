@@ -1,0 +1,100 @@
+"""How large the KV cache of a worker on a GPU becomes, as far as that can be told without one."""
+
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+
+from memserve.config import EngineConfig
+from memserve.errors import UsageError
+from memserve.model.loading import load_model
+from memserve.model.model import Model
+from memserve.workers import gpu
+from memserve.workers.gpu import (
+    CONTEXT_BYTES,
+    GRAPH_BYTES,
+    explained_shortage,
+    largest_step_bytes,
+    one_prompt,
+    open_gpu,
+    with_cache_size,
+)
+from memserve.workers.worker import block_shape
+from tests.model.tiny import ARCHITECTURES, save
+
+SHARE = 10 << 30
+TAKEN = 3 << 30
+
+CONFIG = EngineConfig(
+    weights="",
+    eos_token_ids=(),
+    device="cuda:0",
+    device_memory_bytes=SHARE,
+    dtype="float32",
+    max_model_len=100,
+    block_size=4,
+    kv_cache_bytes=0,
+    max_num_seqs=8,
+    max_num_batched_tokens=48,
+    handover_timeout=1.0,
+    num_threads=1,
+    log_level="info",
+)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Model:
+    folder = save(ARCHITECTURES["llama"].config(), tmp_path / "model")
+    return load_model(folder, device="cpu", dtype="float32", max_model_len=100, block_size=4)
+
+
+def test_kv_blocks_get_what_the_model_leaves(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "largest_step_bytes", lambda *_: TAKEN)
+    shape = block_shape(model, CONFIG)
+    sized = with_cache_size(CONFIG, model, shape)
+    assert sized.kv_cache_bytes == SHARE - TAKEN - CONTEXT_BYTES - GRAPH_BYTES
+    eager = msgspec.structs.replace(CONFIG, enforce_eager=True)
+    assert with_cache_size(eager, model, shape).kv_cache_bytes == SHARE - TAKEN - CONTEXT_BYTES
+    given = msgspec.structs.replace(CONFIG, kv_cache_bytes=1 << 20)
+    assert with_cache_size(given, model, shape) == given
+
+
+def test_a_model_that_fills_its_share_is_refused_with_what_to_change(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "largest_step_bytes", lambda *_: SHARE)
+    with pytest.raises(UsageError, match=r"11\.1\d GiB.*10\.00 GiB: raise --gpu-memory-util"):
+        with_cache_size(CONFIG, model, block_shape(model, CONFIG))
+
+
+@pytest.mark.parametrize("max_num_batched_tokens", [5, 48, 400])
+def test_the_largest_step_runs_on_an_arena_of_its_own(
+    model: Model, monkeypatch: pytest.MonkeyPatch, max_num_batched_tokens: int
+) -> None:
+    """Torch's counters are in its place; the step is real."""
+    for name in ("reset_peak_memory_stats", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _: TAKEN)
+    config = msgspec.structs.replace(CONFIG, max_num_batched_tokens=max_num_batched_tokens)
+    shape = block_shape(model, config)
+    num_blocks = -(-min(max_num_batched_tokens, 100) // 4)
+    assert largest_step_bytes(config, model, shape) == TAKEN - num_blocks * shape.block_bytes
+
+
+def test_one_prompt_asks_for_as_many_logits_as_a_batch_does() -> None:
+    assert one_prompt(48, 4, num_outputs=8).output_rows.tolist() == list(range(40, 48))
+    assert one_prompt(5, 4, num_outputs=8).output_rows.tolist() == list(range(5))
+    assert one_prompt(5, 4, num_outputs=8).block_table.tolist() == [[0, 1]]
+
+
+def test_a_cpu_worker_opens_no_gpu() -> None:
+    assert open_gpu(msgspec.structs.replace(CONFIG, device="cpu")) is None
+
+
+def test_torchs_lack_of_memory_at_start_says_what_to_lower() -> None:
+    reason = "Tried to allocate 2.00 GiB. GPU 0 has 80 GiB"
+    wanted = r"Tried to allocate 2.00 GiB\).*--max-num-batched-tokens"
+    with pytest.raises(UsageError, match=wanted), explained_shortage():
+        raise torch.OutOfMemoryError(reason)
