@@ -56,6 +56,9 @@ class ServeConfig:
         "GPUs in turn; several may share one.",
         choices=("auto", "cpu", "cuda"),
     )
+    tensor_parallel_size: int = _flag(
+        1, "Processes of each worker, which share out the model's heads and their KV."
+    )
     dtype: str = _flag(
         "auto",
         "Type of weights and KV cache; auto: bfloat16 where the device has it, else float32, on a GPU "
@@ -205,7 +208,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds without a sign of life after which another rank of a group is given up."""
     enforce_eager: bool = False
     num_threads: int
+    rank_cores: tuple[tuple[int, ...], ...] = ()
+    """Cores of each process of an instance that has several; the memory above is one's."""
     log_level: str
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes that share out the model."""
+        return max(1, len(self.rank_cores))
 
 
 def parse_size(text: str, *, zero: bool = False) -> int:

@@ -43,6 +43,7 @@ def choose_gpus(config: ServeConfig) -> list[Gpu]:
         return []
     for name, is_set in (
         ("--max-sp other than 1", config.max_sp != 1),
+        ("--tensor-parallel-size other than 1", config.tensor_parallel_size != 1),
         ("--dram-cache-dtype int8", config.dram_cache_dtype == "int8"),
         ("--cache-dir", config.cache_dir is not None),
     ):

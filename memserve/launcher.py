@@ -18,6 +18,7 @@ import msgspec
 
 from memserve.cluster.cluster import Cluster
 from memserve.cluster.instance import InstancePlan
+from memserve.cluster.ranks import share_cores, with_ranks
 from memserve.config import EngineConfig, ServeConfig, parse_size
 from memserve.devices import assign, choose_dtype, choose_gpus, gpu_cache_bytes, on_device
 from memserve.errors import UsageError
@@ -27,7 +28,6 @@ from memserve.frontend.service import FRONTEND, ServerSettings
 from memserve.frontend.timeline import Slo
 from memserve.machine import (
     available_memory,
-    divide_cores,
     num_memory_nodes,
     usable_cores,
 )
@@ -76,7 +76,7 @@ def plan_instances(config: ServeConfig, prepared: PreparedModel) -> list[Instanc
             f"--max-model-len {max_model_len} is not between 2 and the model's own "
             f"{prepared.max_model_len}"
         )
-    shares = divide_cores(usable_cores(), len(roles))
+    shares = share_cores(config, usable_cores(), len(roles))
     engine = EngineConfig(
         weights=prepared.weights,
         eos_token_ids=prepared.eos_token_ids,
@@ -95,11 +95,11 @@ def plan_instances(config: ServeConfig, prepared: PreparedModel) -> list[Instanc
         handover_timeout=config.handover_timeout,
         transfer_granularity=config.transfer_granularity,
         enforce_eager=config.enforce_eager,
-        num_threads=len(shares[0]),
+        num_threads=len(shares[0][0]),
         log_level=config.log_level,
     )
     return [
-        InstancePlan(role=role, cores=cores, engine=on_device(engine, device))
+        InstancePlan(role=role, cores=cores[0], engine=with_ranks(on_device(engine, device), cores))
         for role, cores, device in zip(roles, shares, devices, strict=True)
     ]
 

@@ -208,6 +208,10 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     dtype: str
     attention: str
     """Name of the attention backend, for the log."""
+    shards: list[ArenaDescriptor] = []
+    """The arenas of the instance's further processes; their descriptors come after the others."""
+    rank_pids: list[int] = []
+    """Process ids of those."""
 
 
 class StartFailed(msgspec.Struct, frozen=True, tag=True):

@@ -112,6 +112,7 @@ class FakeInstance:
     stats: EngineStats = field(default_factory=EngineStats)
     epoch: int = 1
     pid: int = 1
+    rank_pids: list[int] = field(default_factory=lambda: [1])
     leaving: bool = False
 
     @property

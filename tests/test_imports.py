@@ -30,6 +30,7 @@ LAYERS = [
     {"model.prepared", "model.identity", "chat_template"},
     {"tokens"},
     {"model"},
+    {"tensor"},
     {"workers"},
     {"openai"},
     {"frontend"},
@@ -41,7 +42,7 @@ LAYERS = [
     {"cli"},
     {"__main__"},
 ]
-WORKER_ONLY = {"workers", "model", "pool"}
+WORKER_ONLY = {"workers", "model", "pool", "tensor"}
 SHARED = {
     "model.identity",
     "model.prepared",

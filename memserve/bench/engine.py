@@ -23,9 +23,8 @@ import msgspec
 
 from memserve import __version__
 from memserve.bench.records import DTYPES, QUICK, Profile, Report, Sizes, Task, Worker
-from memserve.cluster.instance import thread_environment
 from memserve.errors import UsageError
-from memserve.machine import CPUINFO, usable_cores
+from memserve.machine import CPUINFO, thread_environment, usable_cores
 from memserve.model.prepared import FolderSource, ProgressLine, parse_source, prepare_in_child
 from memserve.paths import cache_dir
 

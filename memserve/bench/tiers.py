@@ -40,7 +40,6 @@ from memserve.workers.engine import Engine
 from memserve.workers.link import Link
 from memserve.workers.memory import WorkerMemory
 from memserve.workers.runner import Runner
-from memserve.workers.worker import block_shape
 
 if TYPE_CHECKING:
     from memserve.model.model import Model
@@ -207,7 +206,7 @@ def tiered_engine(
         log_level="info",
     )
     num_blocks = 2 * (num_tokens // config.block_size + BLOCKS_AT_ONCE)
-    num_bytes = num_blocks * block_shape(model, config).block_bytes
+    num_bytes = num_blocks * model.spec.block_layout(config.block_size).block_bytes
     dram_bytes = 0 if cache_dir else num_bytes
     engine = TieredEngine(
         msgspec.structs.replace(config, kv_cache_bytes=num_bytes, dram_cache_bytes=dram_bytes),
@@ -228,7 +227,11 @@ class TieredEngine:
         self._link = Link(worker)
         self._link.start()
         self._memory = WorkerMemory(
-            config, block_shape(model, config), instance=0, epoch=1, inbox=self._link.inbox
+            config,
+            model.spec.block_layout(config.block_size),
+            instance=0,
+            epoch=1,
+            inbox=self._link.inbox,
         )
         self._engine = Engine(
             config,

@@ -15,7 +15,7 @@ from memserve.channel import Channel, receive_descriptor, send_descriptor
 from memserve.cluster.causes import died_of_itself
 from memserve.config import EngineConfig
 from memserve.errors import ChannelClosed, UsageError
-from memserve.machine import num_memory_kills
+from memserve.machine import num_memory_kills, thread_environment
 from memserve.messages import (
     Configure,
     MapPeer,
@@ -71,14 +71,14 @@ async def spawn_process(
 ) -> WorkerProcess:
     """Start a worker as a process of its own, on the plan's cores."""
     inherited = (control.fileno(), descriptors.fileno())
-    cores = ",".join(str(core) for core in plan.cores)
+    cores = plan.engine.rank_cores or (plan.cores,)
     return await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
         "memserve.workers.entry",
         *map(str, inherited),
         str(os.getpid()),
-        cores,
+        *(",".join(map(str, own)) for own in cores),
         stdin=asyncio.subprocess.DEVNULL,
         pass_fds=inherited,
         env=os.environ | thread_environment(plan.cores),
@@ -124,6 +124,11 @@ class Instance:
         """Process id of a worker that was started."""
         assert self.process is not None
         return self.process.pid
+
+    @property
+    def rank_pids(self) -> list[int]:
+        """Process ids of all its ranks, its own first."""
+        return [self.pid, *(self.ready.rank_pids if self.ready is not None else [])]
 
     @property
     def num_blocks(self) -> list[int]:
@@ -174,7 +179,7 @@ class Instance:
                 match message:
                     case Ready():
                         assert self._descriptors is not None
-                        for _ in message.arenas:
+                        for _ in (*message.arenas, *message.shards):
                             self._arena_descriptors.append(receive_descriptor(self._descriptors))
                         self.ready = message
                         return
@@ -199,7 +204,8 @@ class Instance:
         assert peer.ready is not None
         descriptors = peer._arena_descriptors  # noqa: SLF001
         with suppress(OSError):  # it has gone; its end is handled elsewhere
-            for arena, descriptor in zip(peer.ready.arenas, descriptors, strict=True):
+            arenas = (*peer.ready.arenas, *peer.ready.shards)
+            for arena, descriptor in zip(arenas, descriptors, strict=True):
                 send_descriptor(self._descriptors, descriptor)
                 self.send(MapPeer(arena))
 
@@ -265,22 +271,3 @@ def unreadable(reader: ArenaDescriptor, arena: ArenaDescriptor) -> bool:
     if arena.device is None:
         return False
     return reader.device is None or arena.device.gpu not in reader.device.readable
-
-
-def thread_environment(cores: Sequence[int]) -> dict[str, str]:
-    """Settings of a worker on these cores that must stand before its libraries load.
-
-    Two OpenMP threads that wait for each other do so spinning, as by default (sleeping doubles a
-    step), each bound to a core of its own: put on one core together by a kernel that has another
-    process to place, they would spend whole time slices waiting. One thread has no barrier to wait
-    at. Weights on huge pages make a decode step a tenth faster.
-    """
-    num_threads = len(cores)
-    binding = {"OMP_PROC_BIND": "TRUE", "OMP_PLACES": ",".join(f"{{{core}}}" for core in cores)}
-    return (binding if num_threads > 1 else {}) | {
-        "OMP_NUM_THREADS": str(num_threads),
-        "MKL_NUM_THREADS": str(num_threads),
-        "OMP_DYNAMIC": "FALSE",
-        "TOKENIZERS_PARALLELISM": "false",
-        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-    }

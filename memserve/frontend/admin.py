@@ -75,6 +75,7 @@ def _shown(instance: InstanceView) -> dict[str, Any]:
         "role": instance.role,
         "epoch": instance.epoch,
         "pid": instance.pid,
+        "rank_pids": instance.rank_pids,
         "leaving": instance.leaving,
         "num_running": stats.num_running,
         "num_waiting": stats.num_waiting,

@@ -37,6 +37,11 @@ class InstanceView(Protocol):
         ...
 
     @property
+    def rank_pids(self) -> list[int]:
+        """Process ids of all processes that share out its model, that one first."""
+        ...
+
+    @property
     def epoch(self) -> int:
         """Counts its lives."""
         ...
@@ -75,9 +80,10 @@ class InstanceCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """One series per instance of every gauge and counter."""
+        instances = self._instances()
         stats = [
             ((self._model_name, str(instance.number), instance.role), instance.stats)
-            for instance in self._instances()
+            for instance in instances
         ]
         for name, text, read in GAUGES:
             gauge = GaugeMetricFamily(PREFIX + name, text, labels=self.LABELS)
@@ -90,6 +96,12 @@ class InstanceCollector(Collector):
                 counter.add_metric(labels, read(of_instance))
             yield counter
         yield self._blocks(stats)
+        ranks = GaugeMetricFamily(
+            PREFIX + "num_ranks", "Processes that share out the model.", labels=self.LABELS
+        )
+        for (labels, _), instance in zip(stats, instances, strict=True):
+            ranks.add_metric(labels, len(instance.rank_pids))
+        yield ranks
 
     def _blocks(self, stats: list[tuple[tuple[str, str, str], EngineStats]]) -> Metric:
         blocks = GaugeMetricFamily(

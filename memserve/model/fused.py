@@ -8,7 +8,7 @@ Building takes the weights out of the module, layer by layer, so that no second 
 ever exists; the module can't compute afterwards.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from transformers import (
 from memserve.model.attention.batch import Batch, Rotation
 from memserve.model.layer_ops import LayerOps
 from memserve.model.linear import Linear, Linears
+from memserve.model.shard import Collective, GatheredLinear, SummedLinear
 
 FUSABLE = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 
@@ -58,18 +59,30 @@ class FusedDecoder:
         ops: LayerOps,
         linears: Linears,
         windows: list[int | None],
+        ranks: Collective | None = None,
     ) -> None:
+        """With `ranks` the module is this rank's share of a model, as `load_shard` makes it."""
         self._ops = ops
         body = module.get_decoder()
         self._embedding = module.get_input_embeddings().weight.data
         self._rotary = body.rotary_emb
         self._norm = body.norm.weight.data
         self._epsilon: float = body.norm.variance_epsilon
-        self._head = linears.stack([module.lm_head])
+        self._head: Linear = linears.stack([module.lm_head])
         self._layers = [
             _take_layer(layer, ops, linears, window)
             for layer, window in zip(body.layers, windows, strict=True)
         ]
+        if ranks is not None:
+            self._head = GatheredLinear(self._head, ranks, module.config.vocab_size)
+            self._layers = [
+                replace(
+                    layer,
+                    output=SummedLinear(layer.output, ranks),
+                    down=SummedLinear(layer.down, ranks),
+                )
+                for layer in self._layers
+            ]
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Logits [N, vocab_size] of the step's output rows, in the model's dtype."""

@@ -23,6 +23,7 @@ from memserve.model.linear import Kind, Linears, choose_linears
 from memserve.model.model import Model, Transformer
 from memserve.model.probe import disagreement, eager_logits, probe_sequences
 from memserve.model.rotary import fix_longrope
+from memserve.model.shard import Collective, check_shards, load_shard, shard_config
 from memserve.model.spec import ModelSpec
 from memserve.model.support import check_config, layer_windows, model_spec
 from memserve.pool.refs import DType
@@ -47,24 +48,35 @@ class Backend:
 
 
 def load_model(
-    folder: Path, *, device: str, dtype: DType, max_model_len: int | None, block_size: int
+    folder: Path,
+    *,
+    device: str,
+    dtype: DType,
+    max_model_len: int | None,
+    block_size: int,
+    ranks: Collective | None = None,
 ) -> Model:
     """Load the Hugging Face checkpoint in `folder` and check that it computes what it should.
 
     `device` is `cpu`, `cuda` or `cuda:N`. `max_model_len` None: as long as the configuration allows.
-    `block_size` is the arena's, for the check. Raises `ModelNotFound` if there is no checkpoint,
-    `UnsupportedModel` with the reason if this engine can't serve it there.
+    `block_size` is the arena's, for the check. With `ranks` it is this rank's share of the model, all
+    ranks must load it at once, and logits are rank 0's. Raises `ModelNotFound` if there is no
+    checkpoint, `UnsupportedModel` with the reason if this engine can't serve it there.
     """
     place = check_device(device, dtype)
     config = _read_config(folder)
     check_config(config)
+    if ranks is not None:
+        check_shards(config, ranks.size)
+        config = shard_config(config, ranks.size)
     return assemble(
-        lambda: _load_module(folder, config, DTYPES[place.type][dtype]),
+        lambda: _load_module(folder, config, DTYPES[place.type][dtype], ranks),
         config,
         device=place,
         dtype=dtype,
         max_model_len=max_model_len,
         block_size=block_size,
+        ranks=ranks,
     )
 
 
@@ -76,6 +88,7 @@ def assemble(
     dtype: DType,
     max_model_len: int | None,
     block_size: int,
+    ranks: Collective | None = None,
 ) -> Model:
     """A `Model` of the module that `load` gives, checked; it may be asked for a second one.
 
@@ -96,9 +109,9 @@ def assemble(
     backend = _backend(spec, windows, device)
     attention = backend.attention
     if backend.ops is not None and can_fuse(module):
-        decoder = FusedDecoder(module, backend.ops, backend.linears, windows)
+        decoder = FusedDecoder(module, backend.ops, backend.linears, windows, ranks)
         model = Model(spec, decoder, attention, device)
-        problem = disagreement(model, sequences, expected, block_size)
+        problem = _problem(model, sequences, expected, block_size, ranks)
         if problem is None:
             log.info("%s runs fused, attention %s", spec.architecture, attention.name)
             return model
@@ -111,11 +124,28 @@ def assemble(
         module = _moved(load(), device)
         fix_longrope(module, spec.max_model_len)
     model = Model(spec, Transformer(module, backend.linears), attention, device)
-    problem = disagreement(model, sequences, expected, block_size)
+    problem = _problem(model, sequences, expected, block_size, ranks)
     if problem is not None:
         raise UnsupportedModel(f"{config.model_type}: {problem}")
     log.info("%s runs by transformers, attention %s", spec.architecture, attention.name)
     return model
+
+
+def _problem(
+    model: Model,
+    sequences: list[torch.Tensor],
+    expected: list[torch.Tensor],
+    block_size: int,
+    ranks: Collective | None,
+) -> str | None:
+    """See `disagreement`; ranks of one instance come to the same conclusion."""
+    problem = disagreement(model, sequences, expected, block_size)
+    if ranks is None:
+        return problem
+    num_problems = ranks.add_up(torch.tensor([float(problem is not None)])).item()
+    if not num_problems:
+        return None
+    return problem or "another rank's share of it computes something else"
 
 
 def check_device(device: str, dtype: DType) -> torch.device:
@@ -168,8 +198,12 @@ def _read_config(folder: Path) -> PretrainedConfig:
         raise UnsupportedModel(f"{folder}: {error}") from error
 
 
-def _load_module(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def _load_module(
+    folder: Path, config: PretrainedConfig, dtype: torch.dtype, ranks: Collective | None
+) -> PreTrainedModel:
     disable_progress_bar()
+    if ranks is not None:
+        return load_shard(folder, config, dtype, ranks)
     try:
         module = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=dtype, attn_implementation="eager", local_files_only=True

@@ -2,7 +2,7 @@
 
 import msgspec
 
-from memserve.pool.refs import DType
+from memserve.pool.refs import ArenaLayout, DType
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -20,3 +20,14 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     dtype: DType
     """Of weights and KV."""
     eos_token_ids: tuple[int, ...]
+
+    def block_layout(self, block_size: int) -> ArenaLayout:
+        """An arena of one block of the model's KV."""
+        return ArenaLayout(
+            num_blocks=1,
+            num_layers=self.num_layers,
+            block_size=block_size,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            dtype=self.dtype,
+        )

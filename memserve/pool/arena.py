@@ -67,8 +67,9 @@ class Arena:
         epoch: int,
         native: NativeBlocks | None,
         tier: Tier = Tier.HBM,
+        rank: int = 0,
     ) -> None:
-        self.descriptor = ArenaDescriptor(instance, epoch, int(tier), layout)
+        self.descriptor = ArenaDescriptor(instance, epoch, int(tier), layout, rank=rank)
         if layout.num_blocks < 1:
             raise UsageError(f"{tier.name} has no room for a single block: raise {_FLAGS[tier]}")
         size = total_bytes(self.descriptor)

@@ -17,8 +17,8 @@ PAGE_BYTES = 4096
 MAGIC = b"MSRVKV\r\n"
 VERSION = 3
 
-# magic, version, tier, instance, epoch, layout digest, total bytes
-_HEADER = struct.Struct("<8sIIQQ16sQ")
+# magic, version, tier, rank, instance, epoch, layout digest, total bytes
+_HEADER = struct.Struct("<8sIHHQQ16sQ")
 
 PROGRESS_OFFSET = 128
 """Byte offset of the progress word, 8 bytes on a cache line of their own."""
@@ -57,6 +57,7 @@ def pack_header(descriptor: ArenaDescriptor) -> bytes:
         MAGIC,
         VERSION,
         descriptor.tier,
+        descriptor.rank,
         descriptor.instance,
         descriptor.epoch,
         descriptor.layout.digest(),
@@ -68,15 +69,15 @@ def check_header(header: bytes, descriptor: ArenaDescriptor) -> None:
     """PoolError or StaleReference unless this memory is the arena that `descriptor` describes."""
     if len(header) < _HEADER.size:
         raise PoolError(f"{len(header)} bytes are no arena header")
-    magic, version, tier, instance, epoch, digest, size = _HEADER.unpack_from(header)
+    magic, version, tier, rank, instance, epoch, digest, size = _HEADER.unpack_from(header)
     if magic != MAGIC:
         raise PoolError("the mapped memory is no arena")
     if version != VERSION:
         raise PoolError(f"the arena has version {version}, this process knows version {VERSION}")
-    if (instance, tier) != (descriptor.instance, descriptor.tier):
+    if (instance, tier, rank) != (descriptor.instance, descriptor.tier, descriptor.rank):
         raise PoolError(
-            f"the arena belongs to instance {instance}, tier {tier}; "
-            f"instance {descriptor.instance}, tier {descriptor.tier} was announced"
+            f"the arena belongs to instance {instance}, tier {tier}, rank {rank}; instance "
+            f"{descriptor.instance}, tier {descriptor.tier}, rank {descriptor.rank} was announced"
         )
     if epoch != descriptor.epoch:
         raise StaleReference(

@@ -141,3 +141,5 @@ class ArenaDescriptor(msgspec.Struct, frozen=True):
     layout: ArenaLayout
     device: DeviceMemory | None = None
     """None: the blocks lie behind the file descriptor, as the generations always do."""
+    rank: int = 0
+    """Of the instance's processes, where it has several that each hold their own heads' KV."""

@@ -24,8 +24,7 @@ from memserve.errors import PoolError
 from memserve.messages import CopySample
 from memserve.pool.pending import Swap
 from memserve.pool.refs import BlockRef, Tier
-from memserve.pool.transfer.memfd import MemfdTransfer
-from memserve.pool.transfer.tiers import TierCopy
+from memserve.pool.transfer import BlockMover, BlockReader
 from memserve.workers.fetching import Fetch
 from memserve.workers.link import CopyDone, CopyFailed, Event, FetchDone, PullDone, SwapDone
 from memserve.workers.samples import Samples
@@ -49,8 +48,8 @@ class Copier:
 
     def __init__(
         self,
-        transfer: MemfdTransfer,
-        tiers: TierCopy | None,
+        transfer: BlockReader,
+        tiers: BlockMover | None,
         inbox: "queue.SimpleQueue[Event]",
         samples: Samples,
         *,

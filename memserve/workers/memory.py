@@ -14,7 +14,7 @@ import msgspec
 
 from memserve.channel import receive_descriptor, send_descriptor
 from memserve.config import EngineConfig
-from memserve.errors import DeviceError, StaleReference, UsageError
+from memserve.errors import DeviceError, PoolError, StaleReference, UsageError
 from memserve.messages import MapPeer, ReleasePeer
 from memserve.pool.arena import AnyArena, Arena
 from memserve.pool.cuda_arena import CudaArena
@@ -30,6 +30,8 @@ from memserve.pool.transfer.cuda_ipc import CudaCopier
 from memserve.pool.transfer.memfd import MemfdTransfer
 from memserve.pool.transfer.own import OwnCopy
 from memserve.pool.transfer.tiers import TierCopy
+from memserve.tensor.everywhere import everywhere
+from memserve.tensor.leading import Followers
 from memserve.workers.copying import Copier
 from memserve.workers.link import Event
 from memserve.workers.samples import Samples
@@ -53,7 +55,10 @@ class WorkerMemory:
         epoch: int,
         inbox: "queue.SimpleQueue[Event]",
         cuda: Cuda | None = None,
+        followers: Followers | None = None,
     ) -> None:
+        """With `followers`, `shape` is a block of one rank, and they hold and copy theirs."""
+        self._followers = followers
         native = load_native_blocks()
         progress = load_native_progress()
         if config.transfer_granularity == "layer" and (native is None or progress is None):
@@ -91,10 +96,10 @@ class WorkerMemory:
         self._transfer = MemfdTransfer(self.hbm, copier, dram=self.dram, progress=progress)
         self.samples = Samples()
         self.store = self._open_files(config, native, inbox) if config.cache_dir else None
-        self.copier = Copier(
-            self._transfer, tiers, inbox, self.samples, patience=config.handover_timeout
+        reader, mover, self._within = everywhere(
+            self._transfer, tiers, TierCopy(self.hbm, self.hbm, copier), followers
         )
-        self._within = TierCopy(self.hbm, self.hbm, copier)
+        self.copier = Copier(reader, mover, inbox, self.samples, patience=config.handover_timeout)
         if cuda is not None:  # compiles the kernel now, not when somebody waits for blocks
             self._within.copy([0], [0], Tier.HBM)
 
@@ -131,9 +136,11 @@ class WorkerMemory:
         return [arena.descriptor for arena in self._arenas]
 
     def send_descriptors(self, connection: socket.socket) -> None:
-        """Send the arenas' file descriptors, in the order of `descriptors`."""
+        """Send the arenas' file descriptors, in the order of `descriptors`, then other ranks'."""
         for arena in self._arenas:
             send_descriptor(connection, arena.fd)
+        if self._followers is not None:
+            self._followers.send_descriptors(connection)
 
     def map_peer(self, message: MapPeer | ReleasePeer, connection: socket.socket) -> None:
         """Make a peer's arena readable; its file descriptor is the next on `connection`.
@@ -144,15 +151,25 @@ class WorkerMemory:
         if isinstance(message, ReleasePeer):
             self._transfer.release(message.instance)
             self._renumber(message.instance)
+            if self._followers is not None:
+                self._followers.release(message.instance)
             return
         descriptor = receive_descriptor(connection)
         try:
+            if message.arena.rank:
+                self._map_for_rank(message, descriptor)
+                return
             self._transfer.map(message.arena, descriptor)
         except StaleReference as error:  # it has ended meanwhile, as the launcher will tell
             logger.warning("a peer's arena is not mapped: %s", error)
         finally:
             os.close(descriptor)
         self._renumber(message.arena.instance)
+
+    def _map_for_rank(self, message: MapPeer, descriptor: int) -> None:
+        if self._followers is None:
+            raise PoolError("a peer has more ranks than this instance: all need the same number")
+        self._followers.map(message.arena, descriptor)
 
     def _renumber(self, instance: int) -> None:
         """Number the blocks of a peer anew, as its arenas are mapped now."""

@@ -38,12 +38,27 @@ class StepRunner(Protocol):
         ...
 
 
+class Forward(Protocol):
+    """A model, as `Model` is one."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        ...
+
+    def forward(
+        self, step: StepInput, arena: torch.Tensor, written: LayerWritten | None = None
+    ) -> torch.Tensor:
+        """See `Model.forward`."""
+        ...
+
+
 class Runner:
     """Computes steps of one model over one arena."""
 
     def __init__(
         self,
-        model: Model,
+        model: Forward,
         arena: torch.Tensor,
         *,
         eos_token_ids: tuple[int, ...],

@@ -2,6 +2,7 @@
 
 import logging
 import socket
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,18 +12,26 @@ from memserve.errors import UsageError
 from memserve.messages import Configure, Ready, StartFailed
 from memserve.model.loading import load_model
 from memserve.model.model import Model
-from memserve.pool.refs import ArenaLayout
+from memserve.model.shard import Collective
+from memserve.pool.refs import ArenaDescriptor
+from memserve.tensor.leading import Followers, Lead, LeadingModel, leading
+from memserve.tensor.starting import StartedRanks
 from memserve.workers.engine import Engine
 from memserve.workers.gpu import explained_shortage, open_gpu, with_cache_size
 from memserve.workers.link import Link
 from memserve.workers.memory import WorkerMemory
-from memserve.workers.runner import build_runner
+from memserve.workers.runner import Runner, build_runner
 
 logger = logging.getLogger(__name__)
 
 
-def run_worker(control: socket.socket, descriptors: socket.socket) -> None:
-    """Serve as the first message says, until the launcher ends it or has gone."""
+def run_worker(
+    control: socket.socket, descriptors: socket.socket, started: StartedRanks | None = None
+) -> None:
+    """Serve as the first message says, until the launcher ends it or has gone.
+
+    `started` are the other ranks, if the instance has several.
+    """
     link = Link(control)
     link.start()
     try:
@@ -31,7 +40,7 @@ def run_worker(control: socket.socket, descriptors: socket.socket) -> None:
             return
         _start_logging(first)
         try:
-            serve(first, link, descriptors)
+            serve(first, link, descriptors, started)
         except UsageError as error:
             link.send(StartFailed(str(error)))
         except Exception:  # said now: the launcher may kill us as soon as the link is closed
@@ -41,21 +50,29 @@ def run_worker(control: socket.socket, descriptors: socket.socket) -> None:
         link.close()
 
 
-def serve(configure: Configure, link: Link, descriptors: socket.socket) -> None:
+def serve(
+    configure: Configure,
+    link: Link,
+    descriptors: socket.socket,
+    started: StartedRanks | None = None,
+) -> None:
     """Build the worker, report ready, and run its engine. Raises `UsageError` if it can't start."""
-    config = configure.engine
-    torch.set_num_threads(config.num_threads)
+    torch.set_num_threads(configure.engine.num_threads)
     torch.set_grad_enabled(False)
+    if started is None:
+        _serve(configure, link, descriptors, None)
+        return
+    with leading(configure, started) as lead:
+        _serve(configure, link, descriptors, lead)
+
+
+def _serve(configure: Configure, link: Link, descriptors: socket.socket, lead: Lead | None) -> None:
+    config = configure.engine
+    followers = None if lead is None else lead.followers
     with explained_shortage():
         cuda = open_gpu(config)
-        model = load_model(
-            Path(config.weights),
-            device=config.device,
-            dtype=config.dtype,
-            max_model_len=config.max_model_len,
-            block_size=config.block_size,
-        )
-        shape = block_shape(model, config)
+        model = _load(config) if lead is None else lead.load(partial(_load, config, lead.ranks))
+        shape = model.spec.block_layout(config.block_size)
         if cuda is not None:
             config = with_cache_size(config, model, shape)
         memory = WorkerMemory(
@@ -65,15 +82,10 @@ def serve(configure: Configure, link: Link, descriptors: socket.socket) -> None:
             epoch=configure.epoch,
             inbox=link.inbox,
             cuda=cuda,
+            followers=followers,
         )
-        runner = build_runner(
-            model,
-            memory.hbm.tensor,
-            eos_token_ids=config.eos_token_ids,
-            max_num_seqs=config.max_num_seqs,
-            enforce_eager=config.enforce_eager,
-            space=memory.space,
-        )
+        runner = _runner(config, model, memory, followers)
+    in_groups = model.reads_in_place and followers is None
     engine = Engine(
         config,
         link,
@@ -88,27 +100,46 @@ def serve(configure: Configure, link: Link, descriptors: socket.socket) -> None:
         copy_within=memory.copy_within,
         samples=memory.samples,
         store=memory.store,
-        space=memory.space if model.reads_in_place else None,
-        group_progress=memory.group_progress if model.reads_in_place else None,
+        space=memory.space if in_groups else None,
+        group_progress=memory.group_progress if in_groups else None,
     )
-    memory.send_descriptors(descriptors)
-    link.send(Ready(memory.descriptors, model.spec.dtype, model.attention))
     try:
+        shards: list[ArenaDescriptor] = []
+        pids: list[int] = []
+        if followers is not None:
+            followers.await_joined(memory.descriptors)
+            shards, pids = followers.arenas, followers.pids
+        memory.send_descriptors(descriptors)
+        link.send(Ready(memory.descriptors, model.spec.dtype, model.attention, shards, pids))
         engine.run()
     finally:
         memory.close()
 
 
-def block_shape(model: Model, config: EngineConfig) -> ArenaLayout:
-    """An arena of one block of the model's KV."""
-    spec = model.spec
-    return ArenaLayout(
-        num_blocks=1,
-        num_layers=spec.num_layers,
+def _runner(
+    config: EngineConfig, model: Model, memory: WorkerMemory, followers: Followers | None
+) -> Runner:
+    if followers is not None:
+        forward = LeadingModel(model, followers)
+        return Runner(forward, memory.hbm.tensor, eos_token_ids=config.eos_token_ids)
+    return build_runner(
+        model,
+        memory.hbm.tensor,
+        eos_token_ids=config.eos_token_ids,
+        max_num_seqs=config.max_num_seqs,
+        enforce_eager=config.enforce_eager,
+        space=memory.space,
+    )
+
+
+def _load(config: EngineConfig, ranks: Collective | None = None) -> Model:
+    return load_model(
+        Path(config.weights),
+        device=config.device,
+        dtype=config.dtype,
+        max_model_len=config.max_model_len,
         block_size=config.block_size,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
-        dtype=spec.dtype,
+        ranks=ranks,
     )
 
 

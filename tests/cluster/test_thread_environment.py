@@ -6,8 +6,7 @@ import sys
 
 import pytest
 
-from memserve.cluster.instance import thread_environment
-from memserve.machine import usable_cores
+from memserve.machine import thread_environment, usable_cores
 
 CORES_OF_THREADS = """
 import os, torch

@@ -10,7 +10,8 @@ from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 
 import msgspec
 
-from memserve.cluster.instance import InstancePlan, WorkerProcess, thread_environment
+from memserve.cluster.instance import InstancePlan, WorkerProcess
+from memserve.machine import thread_environment
 from tests.faults.entry import Order, Struck
 from tests.faults.plan import Fault
 

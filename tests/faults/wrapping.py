@@ -13,8 +13,7 @@ import msgspec
 from memserve.pool.disk import BlockFiles, Content
 from memserve.pool.pending import Swap
 from memserve.pool.refs import BlockRef, Tier
-from memserve.pool.transfer.memfd import MemfdTransfer
-from memserve.pool.transfer.tiers import TierCopy
+from memserve.pool.transfer import BlockMover, BlockReader
 from memserve.workers.copying import Copier
 from memserve.workers.link import Event, Link
 from memserve.workers.memory import WorkerMemory
@@ -37,9 +36,9 @@ class FaultyCopier(Copier):
         self.__dict__.update(copier.__dict__)
         self._place = threading.local()
         self._faults = faults
-        self._transfer = FaultyTransfer(copier._transfer, memory, self._meet)  # type: ignore[assignment]
+        self._transfer = FaultyTransfer(copier._transfer, memory, self._meet)
         if copier._tiers is not None:
-            self._tiers = FaultyTierCopy(copier._tiers, self._meet)  # type: ignore[assignment]
+            self._tiers = FaultyTierCopy(copier._tiers, self._meet)
 
     @contextmanager
     def _at(self, place: str) -> Iterator[None]:
@@ -74,7 +73,7 @@ class FaultyTransfer:
     """In the place of a `MemfdTransfer`."""
 
     def __init__(
-        self, transfer: MemfdTransfer, memory: WorkerMemory, meet: Callable[[], Fault | None]
+        self, transfer: BlockReader, memory: WorkerMemory, meet: Callable[[], Fault | None]
     ) -> None:
         self._inner = transfer
         self._memory = memory
@@ -115,7 +114,7 @@ class FaultyTransfer:
 class FaultyTierCopy:
     """In the place of a `TierCopy`."""
 
-    def __init__(self, tiers: TierCopy, meet: Callable[[], Fault | None]) -> None:
+    def __init__(self, tiers: BlockMover, meet: Callable[[], Fault | None]) -> None:
         self._inner = tiers
         self._meet = meet
 

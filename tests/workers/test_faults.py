@@ -267,7 +267,7 @@ def run(scenario: Scenario, point: int | str, *, aborts: bool, evict: bool) -> b
         copier = receiver.memory.copier
         assert copier._tiers is not None
         for copies in (copier._transfer, copier._tiers):
-            copies._copier._native = held  # type: ignore[attr-defined]
+            copies._copier._native = held  # type: ignore[union-attr]
         scenario.begin(source, receiver)
         receiver.step()
         ended = copier._thread.submit(held.stopped.set)

@@ -20,7 +20,6 @@ from memserve.workers.gpu import (
     open_gpu,
     with_cache_size,
 )
-from memserve.workers.worker import block_shape
 from tests.model.tiny import ARCHITECTURES, save
 
 SHARE = 10 << 30
@@ -51,7 +50,7 @@ def model(tmp_path: Path) -> Model:
 
 def test_kv_blocks_get_what_the_model_leaves(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "largest_step_bytes", lambda *_: TAKEN)
-    shape = block_shape(model, CONFIG)
+    shape = model.spec.block_layout(CONFIG.block_size)
     sized = with_cache_size(CONFIG, model, shape)
     assert sized.kv_cache_bytes == SHARE - TAKEN - CONTEXT_BYTES - GRAPH_BYTES
     eager = msgspec.structs.replace(CONFIG, enforce_eager=True)
@@ -65,7 +64,7 @@ def test_a_model_that_fills_its_share_is_refused_with_what_to_change(
 ) -> None:
     monkeypatch.setattr(gpu, "largest_step_bytes", lambda *_: SHARE)
     with pytest.raises(UsageError, match=r"11\.1\d GiB.*10\.00 GiB: raise --gpu-memory-util"):
-        with_cache_size(CONFIG, model, block_shape(model, CONFIG))
+        with_cache_size(CONFIG, model, model.spec.block_layout(CONFIG.block_size))
 
 
 @pytest.mark.parametrize("max_num_batched_tokens", [5, 48, 400])
@@ -78,7 +77,7 @@ def test_the_largest_step_runs_on_an_arena_of_its_own(
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _: TAKEN)
     config = msgspec.structs.replace(CONFIG, max_num_batched_tokens=max_num_batched_tokens)
-    shape = block_shape(model, config)
+    shape = model.spec.block_layout(config.block_size)
     num_blocks = -(-min(max_num_batched_tokens, 100) // 4)
     assert largest_step_bytes(config, model, shape) == TAKEN - num_blocks * shape.block_bytes
 

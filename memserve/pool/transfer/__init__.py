@@ -68,3 +68,44 @@ class Transfer(Protocol):
     def release(self, instance: int) -> None:
         """Forget this instance's arenas; a read in progress keeps its own until it is done."""
         ...
+
+
+class BlockReader(Protocol):
+    """What reads other instances' blocks; `Transfer` says how."""
+
+    @property
+    def needs_lease(self) -> bool:
+        """Whether the owners must keep the blocks meanwhile."""
+        ...
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block."""
+        ...
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of a block."""
+        ...
+
+    def read(
+        self, refs: Sequence[BlockRef], into: Sequence[int], *, leased: bool, tier: Tier
+    ) -> list[bool]:
+        """Copy blocks; which of them are what the references name."""
+        ...
+
+    def read_layer(self, refs: Sequence[BlockRef], into: Sequence[int], layer: int) -> list[bool]:
+        """Copy one layer of them."""
+        ...
+
+    def wait_for_layer(self, ref: BlockRef, step: int, layer: int, *, seconds: float) -> bool:
+        """Whether the owner has written a layer within that time."""
+        ...
+
+
+class BlockMover(Protocol):
+    """What copies between an instance's own tiers, as `TierCopy` does."""
+
+    def copy(self, sources: Sequence[int], destinations: Sequence[int], to: Tier) -> None:
+        """Copy the other tier's `sources[i]` to `destinations[i]` of tier `to`."""
+        ...

@@ -186,6 +186,10 @@ class MemfdTransfer:
         layer_bytes = layout.block_bytes // layout.num_layers
         return self._read(refs, into, self._arena, layer * layer_bytes, layer_bytes)
 
+    def hold(self, refs: Sequence[BlockRef]) -> list[bool]:
+        """Whether each reference names what its block holds now; StaleReference as for `read`."""
+        return [self._resolve(ref).generation(ref.block) == ref.generation for ref in refs]
+
     def wait_for_layer(self, ref: BlockRef, step: int, layer: int, *, seconds: float) -> bool:
         """See `Transfer.wait_for_layer`."""
         if self._progress is None:

@@ -1,0 +1,122 @@
+"""What ranks compute together: the same by shared memory and by gloo, between real processes."""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import pytest
+import torch
+
+from memserve.pool.progress import load_native_progress
+from memserve.tensor import shared
+from memserve.tensor.shared import SLOT_BYTES, SharedRanks, reserve
+
+T = TypeVar("T")
+PROGRAM = """
+import sys, torch
+from memserve.tensor.collective import meeting
+point, rank, size, means = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+with meeting(point, rank, size, means) as ranks:
+    for dtype in (torch.float32, torch.bfloat16):
+        for rows in (1, 3, 0, 700):
+            mine = torch.arange(rows * 8).view(rows, 8).remainder(50).to(dtype) + rank
+            total = ranks.add_up(mine.clone())
+            expected = sum(mine + other - rank for other in range(size))
+            assert torch.equal(total, expected), (rank, rows, total)
+            wide = ranks.gather_columns(mine)
+            if rank == 0:
+                parts = [mine + other for other in range(size)]
+                assert torch.equal(wide, torch.cat(parts, -1)), (rank, rows)
+            else:
+                assert rows == 0 or torch.equal(wide, mine)
+print("agreed")
+"""
+
+
+@pytest.mark.parametrize("means", ["shared memory", "gloo"])
+def test_processes_agree_on_sums_and_columns(means: str) -> None:
+    size = 2
+    point = os.memfd_create("meeting")
+    if means == "shared memory":
+        reserve(point, size)
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(point), str(rank), str(size), means],
+            pass_fds=[point],
+            stdout=subprocess.PIPE,
+            env=environment,
+        )
+        for rank in range(size)
+    ]
+    os.close(point)
+    said = [process.communicate(timeout=100)[0] for process in processes]
+    assert said == [b"agreed\n"] * size
+
+
+def on_shared_ranks(size: int, work: Callable[[SharedRanks], T], **settings: object) -> list[T]:
+    """What each rank's call gives; here they are threads, over memory mapped once for each."""
+    native = load_native_progress()
+    assert native is not None
+    point = os.memfd_create("meeting")
+    reserve(point, size)
+    ranks = [SharedRanks(point, rank, size, native, **settings) for rank in range(size)]  # type: ignore[arg-type]
+    os.close(point)
+    with ThreadPoolExecutor(size) as threads:
+        return list(threads.map(work, ranks))
+
+
+def test_four_ranks_get_the_same_bits_of_what_no_slot_can_hold() -> None:
+    length = SLOT_BYTES // 4 * 2 + 17
+    parts = torch.randn(4, length, generator=torch.Generator().manual_seed(1))
+
+    def work(ranks: SharedRanks) -> tuple[torch.Tensor, torch.Tensor]:
+        own = parts[ranks.rank]
+        return ranks.add_up(own.clone()), ranks.gather_columns(own[None])
+
+    found = on_shared_ranks(4, work)
+    torch.testing.assert_close(found[0][0], parts.sum(0))
+    assert all(torch.equal(total, found[0][0]) for total, _ in found)
+    assert torch.equal(found[0][1], parts.view(1, -1))
+
+
+def test_many_rounds_never_mix() -> None:
+    """A rank that is ahead must not overwrite what a slower one has yet to read."""
+
+    def work(ranks: SharedRanks) -> bool:
+        for number in range(2000):
+            total = ranks.add_up(torch.full((3,), float(number * (ranks.rank + 1))))
+            if not torch.equal(total, torch.full((3,), float(number * 6))):
+                return False
+            ranks.gather_columns(torch.full((5,), float(number)))
+        return True
+
+    assert on_shared_ranks(3, work) == [True] * 3
+
+
+def test_half_precision_is_rounded_once() -> None:
+    own = torch.tensor([256.0, 1.0, 1.0])
+
+    def work(ranks: SharedRanks) -> float:
+        return ranks.add_up(own[ranks.rank].bfloat16()[None]).item()
+
+    assert on_shared_ranks(3, work) == [258.0] * 3  # one by one it would stay 256
+
+
+def test_who_waits_for_a_rank_that_has_ended_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared, "GLANCE_S", 0.01)
+    gone = threading.Event()
+
+    def work(ranks: SharedRanks) -> str:
+        if ranks.rank:
+            gone.set()
+            return "left"
+        with pytest.raises(RuntimeError, match="has ended"):
+            ranks.add_up(torch.ones(3))
+        return "told"
+
+    assert on_shared_ranks(2, work, anyone_gone=gone.is_set) == ["told", "left"]
