@@ -149,7 +149,10 @@ def _problem(
 
 
 def check_device(device: str, dtype: DType) -> torch.device:
-    """The torch device named so; `UnsupportedModel` if it isn't here or can't compute in `dtype`."""
+    """The torch device named so, a GPU with its number, and current from now on.
+
+    Raises `UnsupportedModel` if it isn't here or can't compute in `dtype`.
+    """
     if device.partition(":")[0] not in DTYPES:
         raise UnsupportedModel(f"device {device} isn't supported, only {' and '.join(DTYPES)}")
     place = torch.device(device)
@@ -157,8 +160,13 @@ def check_device(device: str, dtype: DType) -> torch.device:
         raise UnsupportedModel(
             f"{dtype} isn't supported on {place.type}, only {' and '.join(DTYPES[place.type])}"
         )
-    if place.type == "cuda" and not torch.cuda.is_available():
+    if place.type != "cuda":
+        return place
+    if not torch.cuda.is_available():
         raise UnsupportedModel("torch finds no CUDA device here")
+    if place.index is None:
+        place = torch.device("cuda", torch.cuda.current_device())
+    torch.cuda.set_device(place)  # Triton launches on the current device
     return place
 
 

@@ -31,6 +31,7 @@ class Arena:
             (num_blocks, spec.num_layers, 2, block_size, spec.num_kv_heads, spec.head_dim),
             torch.nan,
             dtype=getattr(torch, spec.dtype),
+            device=model.device,
         )
         generator = torch.Generator().manual_seed(3)
         self._free: list[int] = torch.randperm(num_blocks, generator=generator).tolist()
@@ -62,7 +63,7 @@ def step_of(slices: Sequence[tuple[Paged, int]]) -> StepInput:
 
 def run_step(model: Model, arena: Arena, slices: Sequence[tuple[Paged, int]]) -> None:
     """One step; appends each slice's logits to its sequence."""
-    logits = model.forward(step_of(slices), arena.tensor)
+    logits = model.forward(step_of(slices).to(model.device), arena.tensor).cpu()
     for (sequence, count), part in zip(
         slices, torch.split(logits, [c for _, c in slices]), strict=True
     ):

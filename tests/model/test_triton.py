@@ -5,14 +5,24 @@ its tests (`tests/model/interpreted`) run in a process of their own.
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 triton = pytest.importorskip("triton", reason="the extra `test` brings Triton to Linux")
 
+from memserve.model.attention.triton_paged import chunk_tiling, decode_tiling  # noqa: E402
+from memserve.model.kernels.attention import paged_attention  # noqa: E402
+
+ALIGNED = (
+    *("query", "output", "arena", "query_stride", "output_stride", "layer_offset"),
+    "value_offset",
+)
+H100_SHARED_MEMORY = 227 << 10
 HERE = Path(__file__).parent
 
 
@@ -29,3 +39,73 @@ def test_the_kernels_compute_what_they_should_in_the_interpreter(name: str) -> N
     )
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
     assert " passed" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"), [("fp32", 64), ("fp16", 128), ("bf16", 64), ("bf16", 128), ("bf16", 256)]
+)
+@pytest.mark.parametrize("decode", [True, False], ids=["decode", "chunks"])
+def test_attention_compiles_for_an_h100_and_fits_its_shared_memory(
+    dtype: str, head_dim: int, decode: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # without a word 3.9 warns
+    itemsize = 4 if dtype == "fp32" else 2
+    tiling = (decode_tiling if decode else chunk_tiling)(4, head_dim, itemsize)
+    compiled = compile_for_h100(
+        paged_attention,
+        signature={
+            **dict.fromkeys(("query", "output", "arena"), f"*{dtype}"),
+            **dict.fromkeys(("offsets", "table_stride"), "*i64"),
+            **dict.fromkeys(("query_start", "kv_len"), "*i32"),
+            **dict.fromkeys(("part_sums", "part_peaks", "part_totals"), "*fp32"),
+            **dict.fromkeys(("query_stride", "output_stride", "layer_offset"), "i32"),
+            **dict.fromkeys(("value_offset", "num_sequences", "window"), "i32"),
+            "scale": "fp32",
+        },
+        constants={
+            "BLOCK_SIZE": 16,
+            "HEAD_DIM": head_dim,
+            "LANES": head_dim,
+            "NUM_KV_HEADS": 8,
+            "GROUP": 4,
+            "ROWS": tiling.rows,
+            "QUERIES": tiling.queries,
+            "COLUMNS": tiling.columns,
+            "HAS_WINDOW": False,
+            "DECODE": decode,
+            "NUM_PARTS": 8 if decode else 1,
+            "PRECISION": "ieee" if dtype == "fp32" else "tf32",
+        },
+        # As the launcher finds them: whatever is a multiple of 16 is known to be one.
+        aligned=ALIGNED,
+        num_warps=tiling.num_warps,
+        num_stages=tiling.num_stages,
+    )
+    assert compiled.metadata.shared <= H100_SHARED_MEMORY
+    if dtype != "fp32":
+        assert "mma" in compiled.asm["ptx"]
+        assert re.search(r"cp\.async\.c[ag]\.shared\.global .*, (0x10|16)\b", compiled.asm["ptx"])
+
+
+def compile_for_h100(
+    kernel: Any,
+    *,
+    signature: dict[str, str],
+    constants: dict[str, Any],
+    aligned: tuple[str, ...],
+    num_warps: int,
+    num_stages: int,
+) -> Any:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = list(kernel.arg_names)
+    source = ASTSource(
+        fn=kernel,
+        signature={name: signature.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)

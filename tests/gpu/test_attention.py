@@ -1,0 +1,41 @@
+"""The attention kernels on a GPU against attention written out plainly."""
+
+import pytest
+import torch
+
+from tests.gpu import needs_gpu
+from tests.model.attention_cases import expected, problem
+
+pytestmark = needs_gpu
+
+SPANS = [(0, 1), (15, 1), (16, 1), (700, 1), (0, 200), (300, 33), (64, 2)]
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"]
+)
+
+
+@DTYPES
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("group", [1, 4, 7])
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+def test_attention_equals_the_plain_formula(
+    head_dim: int, group: int, window: int | None, dtype: torch.dtype
+) -> None:
+    from tests.model.triton_cases import assert_near, attend
+
+    task = problem(SPANS, group=group, head_dim=head_dim, block_size=16, dtype=dtype)
+    got = attend(task, head_dim**-0.5, window, device="cuda", num_processors=132)
+    assert_near(got, expected(task, head_dim**-0.5, window)[0])
+
+
+@DTYPES
+def test_blocks_of_another_arena_are_read_where_they_lie(dtype: torch.dtype) -> None:
+    from tests.model.triton_cases import assert_near, attend, in_two_arenas
+
+    task, both = in_two_arenas(
+        problem([(70, 1), (48, 9)], head_dim=128, block_size=16, dtype=dtype)
+    )
+    # Both arenas move together, so that the distance between them stays.
+    task.arena = both.cuda()[0]
+    got = attend(task, 0.1, None, device="cuda", num_processors=132)
+    assert_near(got, expected(task, 0.1, None)[0])
