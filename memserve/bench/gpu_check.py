@@ -77,6 +77,8 @@ PYTEST = [
 ]
 
 PARTS = (
+    Part("build", ["-c", BUILD], 60),
+    Part("tests", PYTEST, 220),
     Part("memory", ["-m", "memserve.bench.gpu_memory"], 60, is_benchmark=True),
     Part("engine", ["-m", "memserve.bench.gpu_engine"], 240, is_benchmark=True),
 )
