@@ -110,8 +110,8 @@ def run(options: Options) -> Report:
         with started("chaos", source, options.flags, log_file) as server:
             findings = asyncio.run(_go(options, server, model))
             left_behind = stop(server)
-        said = log_file.read_text()
-    return _report(options, model, findings, said, left_behind)
+        # Here, where the model still is: answers that differ are judged by it.
+        return _report(options, model, findings, log_file.read_text(), left_behind)
 
 
 async def _go(options: Options, server: Started, model: PreparedModel) -> Findings:

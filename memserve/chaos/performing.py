@@ -57,6 +57,11 @@ class Performance:
                 return not answer.left
             case Difference() as difference:
                 self.differences.append(difference)
+                log.warning(
+                    "%s (%s), choice %d: token %d is %d, not %d; judged at the end",
+                    *(request_id, scene.asked.kind, difference.choice, len(difference.common)),
+                    *(difference.got, difference.wanted),
+                )
             case str(reason):
                 self._complain(self.wrong, request_id, scene, reason)
         return False
