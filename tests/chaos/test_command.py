@@ -3,12 +3,19 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from memserve.chaos import command
+from memserve.chaos.asking import CHAT, Asked
 from memserve.chaos.command import parse_options
+from memserve.chaos.judging import Difference
+from memserve.chaos.performing import Performance
 from memserve.chaos.report import Report, pauses_of, render
+from memserve.chaos.run import Findings
 from memserve.chaos.watching import Growth, Holding
 
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "chaos"
@@ -76,6 +83,29 @@ def test_flags_of_the_server_replace_the_layout_and_not_what_a_comparison_needs(
     assert flags[flags.index("--dtype") + 1] == "float32"
     with pytest.raises(SystemExit):
         parse_options(["--minutes", "0"])
+
+
+def test_answers_that_differ_are_judged_while_the_tiny_model_is_still_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It lies in a folder that the run removes."""
+    asked = Asked(kind="chat", endpoint=CHAT, body={"max_tokens": 4, "temperature": 0})
+    different = Difference(asked=asked, prompt=[5, 6], choice=0, common=[], wanted=7, got=8)
+
+    async def go(*_: object) -> Findings:
+        holdings: list[tuple[Holding, list[Holding]]] = [(HOLDING, [])] * 2
+        return Findings(performance=Performance(differences=[different]), holdings=holdings)
+
+    @contextmanager
+    def started(_name: str, _model: str, _flags: object, log_file: Path) -> Iterator[None]:
+        log_file.touch()
+        yield
+
+    monkeypatch.setattr(command, "started", started)
+    monkeypatch.setattr(command, "stop", lambda _: [])
+    monkeypatch.setattr(command, "_go", go)
+    (wrong,) = command.run(parse_options(["--model", "tiny"])).wrong
+    assert "token 0 is 8, not 7, and no tie" in wrong
 
 
 @pytest.mark.slow
