@@ -130,7 +130,9 @@ def _held(holdings: Sequence[Holding]) -> str:
 
 def _growth(growth: Growth) -> str:
     found = "too few samples to say" if growth.growth is None else f"{growth.growth:+.1f}"
-    limits = f"mean {growth.mean:.1f}, tolerated {growth.tolerated:.1f}"
+    limits = f"mean {growth.mean:.1f}"
+    if growth.tolerated is not None:
+        limits += f", tolerated {growth.tolerated:.1f}"
     if growth.quarters is not None:
         limits = "first quarter {:.1f}, last {:.1f}, ".format(*growth.quarters) + limits
     return f"growth of {growth.what}: {found} ({limits})"

@@ -77,7 +77,8 @@ class Growth(msgspec.Struct, frozen=True, kw_only=True):
     """By a straight line through the samples. None: too few after the warm-up to say."""
     quarters: tuple[float, float] | None
     """Means of the first and of the last quarter of the run; None as above."""
-    tolerated: float
+    tolerated: float | None
+    """None: it is shown and not judged."""
 
     @property
     def most(self) -> float | None:
@@ -89,7 +90,7 @@ class Growth(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def grows(self) -> bool:
         """Whether that is more than may be."""
-        return self.most is not None and self.most > self.tolerated
+        return self.most is not None and self.tolerated is not None and self.most > self.tolerated
 
 
 def growths(who: str, lives: Sequence[Life]) -> list[Growth]:
@@ -111,15 +112,15 @@ def _series(lives: Sequence[Life], value: Callable[[Holding], float]) -> list[Se
     return [(life.times, [value(one) for one in life.holdings]) for life in lives]
 
 
-def growth_of(what: str, series: Sequence[Series], tolerated: float) -> Growth:
-    """Of one quantity; a share of its mean is tolerated in any case."""
+def growth_of(what: str, series: Sequence[Series], tolerated: float | None) -> Growth:
+    """Of one quantity; a share of its mean is tolerated in any case, None: whatever it is."""
     mean, growth = line_through(series)
     return Growth(
         what=what,
         mean=mean,
         growth=growth,
         quarters=quarters_of(series),
-        tolerated=max(tolerated, TOLERATED_SHARE * mean),
+        tolerated=None if tolerated is None else max(tolerated, TOLERATED_SHARE * mean),
     )
 
 

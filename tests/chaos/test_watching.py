@@ -56,6 +56,7 @@ def test_what_the_line_does_not_see_the_quarters_do() -> None:
     assert growth.quarters == (100.0, 120.0)
     assert growth.most == 20.0
     assert growth.grows
+    assert not growth_of("what is not judged", [(times, values)], tolerated=None).grows
 
 
 def test_quarters_are_those_of_the_run_not_of_a_life() -> None:
