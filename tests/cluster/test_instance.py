@@ -46,6 +46,7 @@ async def instance_of(spawned: Spawned) -> AsyncIterator[Instance]:
     ) -> WorkerProcess:
         return await spawned(control, descriptors)
 
+    gc.collect()  # what earlier tests have left is not this one's
     before = num_descriptors()
     instance = Instance(0, 1, InstancePlan(role=Role.MIXED, cores=[0], engine=ENGINE), spawn)
     try:
