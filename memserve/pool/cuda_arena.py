@@ -10,11 +10,10 @@ worker's memory stays taken.
 """
 
 import logging
-import os
 from typing import final
 
 from memserve.errors import OutOfDeviceMemory, UsageError
-from memserve.pool.arena import block_tensor
+from memserve.pool.arena import AnyArena
 from memserve.pool.cuda_runtime import Cuda
 from memserve.pool.generations import NativeBlocks
 from memserve.pool.refs import ArenaDescriptor, ArenaLayout, DeviceMemory, Tier
@@ -24,8 +23,8 @@ logger = logging.getLogger(__name__)
 
 
 @final
-class CudaArena:
-    """KV blocks of one instance in HBM; the attributes are those of `Arena`.
+class CudaArena(AnyArena):
+    """Blocks in a GPU's memory, which only the process's end gives back.
 
     `tensor` and `address` are on the GPU. Raises UsageError, with what to lower, if it lacks the
     memory.
@@ -47,39 +46,20 @@ class CudaArena:
             )
         size = layout.num_blocks * layout.block_bytes
         try:
-            self.address = cuda.allocate(size)
+            address = cuda.allocate(size)
         except OutOfDeviceMemory as error:
             raise UsageError(_too_little(cuda, size)) from error
-        device = DeviceMemory(cuda.gpu, cuda.export(self.address), cuda.readable)
-        self.descriptor = ArenaDescriptor(instance, epoch, int(Tier.HBM), layout, device)
+        device = DeviceMemory(cuda.gpu, cuda.export(address), cuda.readable)
+        descriptor = ArenaDescriptor(instance, epoch, int(Tier.HBM), layout, device)
         try:
-            words = SharedWords(self.descriptor, native)
+            words = SharedWords(descriptor, native)
         except OSError as error:
             raise UsageError(f"too little memory for the tables of a KV cache: {error}") from error
-        self.fd = words.fd
-        self.generations = words.generations
-        self.progress_word = words.progress_word
-        self.group_slots = words.group_slots
-        self.alive_word = words.alive_word
-        self.tensor = block_tensor(cuda.tensor(self.address, size), layout)
+        super().__init__(descriptor, words, cuda.tensor(address, size), address)
         logger.info(
             "arena of %d blocks, %.2f GiB, on the GPU %s (instance %d, epoch %d)",
             *(layout.num_blocks, size / 2**30, cuda.gpu, instance, epoch),
         )
-
-    @property
-    def layout(self) -> ArenaLayout:
-        """Shape and dtype of the blocks."""
-        return self.descriptor.layout
-
-    def close(self) -> None:
-        """Let go of the arena; the process's end gives the GPU's memory back."""
-        if self.fd < 0:
-            return
-        os.close(self.fd)
-        self.fd = -1
-        del self.tensor, self.generations
-        del self.progress_word, self.group_slots, self.alive_word
 
 
 def _too_little(cuda: Cuda, size: int) -> str:
