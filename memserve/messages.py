@@ -20,6 +20,7 @@ A request that is prefilled on P and decoded on D:
 The launcher decides who owns a ticket: the first of Pulled and Withdrawn that reaches it wins.
 """
 
+from array import array
 from typing import TypeAlias
 
 import msgspec
@@ -145,6 +146,18 @@ class Expect(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     reuse: bool = True
     outputs: list[int] = []
     """As in `Submit`."""
+
+
+def known_tokens(message: Submit | Expect) -> "array[int]":
+    """The prompt and the answer so far."""
+    tokens = array("i", message.prompt)
+    tokens.extend(message.outputs)
+    return tokens
+
+
+def num_known_tokens(message: Submit | Expect) -> int:
+    """How many those are."""
+    return len(message.prompt) // array("i").itemsize + len(message.outputs)
 
 
 class Settle(msgspec.Struct, frozen=True, tag=True):

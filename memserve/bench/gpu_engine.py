@@ -24,7 +24,7 @@ from memserve.errors import UsageError
 from memserve.model.graphs import DecodeGraphs, cuda_recorder
 from memserve.model.loading import assemble
 from memserve.model.model import Model
-from memserve.model.step import StepInput
+from memserve.model.step import StepInput, one_sequence
 
 BLOCK_SIZE = 16
 MAX_MODEL_LEN = 8192 + 64
@@ -185,14 +185,9 @@ def prefill_of(
     `layers` weights meet every token, those of the `head` only the last one.
     """
     spec = model.spec
-    step = StepInput(
-        token_ids=torch.randint(spec.vocab_size, (num_tokens,)),
-        positions=torch.arange(num_tokens),
-        query_start=torch.tensor([0, num_tokens], dtype=torch.int32),
-        kv_len=torch.tensor([num_tokens], dtype=torch.int32),
-        block_table=torch.randperm(len(arena))[None, : blocks_of(num_tokens)].int(),
-        output_rows=torch.tensor([num_tokens - 1]),
-    ).to(arena.device)
+    token_ids = torch.randint(spec.vocab_size, (num_tokens,))
+    blocks = torch.randperm(len(arena))[None, : blocks_of(num_tokens)].int()
+    step = one_sequence(token_ids, blocks, num_outputs=1).to(arena.device)
     seconds = seconds_of(lambda: model.forward(step, arena))
     attention = 2 * num_tokens**2 * spec.num_query_heads * spec.head_dim * spec.num_layers
     flop = 2 * layers * num_tokens + 2 * head + attention

@@ -28,7 +28,7 @@ from memserve.bench.records import DTYPES
 from memserve.errors import UsageError
 from memserve.model.loading import load_model
 from memserve.model.prepared import PreparedModel, ProgressLine, prepare_in_child
-from memserve.model.step import StepInput
+from memserve.model.step import one_sequence
 from memserve.paths import cache_dir
 from memserve.pool.arena import Arena
 from memserve.pool.generations import load_native_blocks
@@ -200,15 +200,8 @@ class History:
         return steps[-1] if last else torch.cat(steps)
 
     def _step(self, tokens: list[int], start: int, last: bool) -> torch.Tensor:
-        count = len(tokens)
-        step = StepInput(
-            token_ids=torch.tensor(tokens),
-            positions=torch.arange(start, start + count),
-            query_start=torch.tensor([0, count], dtype=torch.int32),
-            kv_len=torch.tensor([start + count], dtype=torch.int32),
-            block_table=self._table,
-            output_rows=torch.tensor([count - 1]) if last else torch.arange(count),
-        )
+        num_outputs = 1 if last else len(tokens)
+        step = one_sequence(torch.tensor(tokens), self._table, start=start, num_outputs=num_outputs)
         return self._model.forward(step, self._arena)
 
     def pass_through_int8(self, num_tokens: int) -> None:

@@ -13,7 +13,6 @@ leader alone. Does not decide who forms a group, and does not send anything agai
 """
 
 import logging
-from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import final
@@ -22,7 +21,7 @@ import msgspec
 
 from memserve.cluster.instance import Instance
 from memserve.generation import GroupCounts
-from memserve.messages import Abort, Submit
+from memserve.messages import Abort, Submit, known_tokens, num_known_tokens
 from memserve.parallel.messages import Group, KeepBlocks, StartGroup
 from memserve.parallel.split import owners
 from memserve.pool.refs import BlockRef
@@ -42,13 +41,6 @@ class _Group:
     """By instance, the blocks that it has reserved."""
     refs: list[BlockRef] = field(default_factory=list)
     """All of the prompt's, once it has started."""
-
-    @property
-    def tokens(self) -> "array[int]":
-        """What is prefilled."""
-        tokens = array("i", self.work.prompt)
-        tokens.extend(self.work.outputs)
-        return tokens
 
 
 @final
@@ -97,7 +89,7 @@ class Groups:
         plan = group.plan
         owner = owners(
             len(plan.cached) * self._block_size,
-            len(group.tokens),
+            num_known_tokens(group.work),
             num_ranks=len(plan.instances),
             chunk_tokens=plan.chunk_tokens,
             block_size=self._block_size,
@@ -137,7 +129,7 @@ class Groups:
         group = self._groups.get(ticket)
         if group is None or not group.refs or not group.work.reuse:
             return False
-        tokens = group.tokens
+        tokens = known_tokens(group.work)
         if len(tokens) < self._block_size:
             return False
         del self._groups[ticket]

@@ -59,3 +59,21 @@ class StepInput:
             offsets=None if self.offsets is None else moved(self.offsets),
             table_stride=None if self.table_stride is None else moved(self.table_stride),
         )
+
+
+def one_sequence(
+    token_ids: torch.Tensor, block_table: torch.Tensor, *, start: int = 0, num_outputs: int
+) -> StepInput:
+    """Tokens int64 [T] of one sequence from position `start` on, on the CPU.
+
+    With logits of the last `num_outputs` of them, or of all; block_table int32 [1, max_blocks].
+    """
+    count = len(token_ids)
+    return StepInput(
+        token_ids=token_ids,
+        positions=torch.arange(start, start + count),
+        query_start=torch.tensor([0, count], dtype=torch.int32),
+        kv_len=torch.tensor([start + count], dtype=torch.int32),
+        block_table=block_table,
+        output_rows=torch.arange(max(0, count - num_outputs), count),
+    )

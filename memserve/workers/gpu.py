@@ -15,7 +15,7 @@ import torch
 from memserve.config import EngineConfig
 from memserve.errors import UsageError
 from memserve.model.model import Model
-from memserve.model.step import StepInput
+from memserve.model.step import StepInput, one_sequence
 from memserve.pool.cuda_runtime import Cuda, open_cuda
 from memserve.pool.refs import ArenaLayout
 
@@ -89,12 +89,6 @@ def largest_step_bytes(config: EngineConfig, model: Model, shape: ArenaLayout) -
 def one_prompt(num_tokens: int, block_size: int, *, num_outputs: int) -> StepInput:
     """A step that computes one prompt of so many tokens, with logits of the last `num_outputs`."""
     num_blocks = -(-num_tokens // block_size)
-    first = max(0, num_tokens - num_outputs)
-    return StepInput(
-        token_ids=torch.zeros(num_tokens, dtype=torch.int64),
-        positions=torch.arange(num_tokens),
-        query_start=torch.tensor([0, num_tokens], dtype=torch.int32),
-        kv_len=torch.tensor([num_tokens], dtype=torch.int32),
-        block_table=torch.arange(num_blocks, dtype=torch.int32)[None],
-        output_rows=torch.arange(first, num_tokens),
-    )
+    token_ids = torch.zeros(num_tokens, dtype=torch.int64)
+    blocks = torch.arange(num_blocks, dtype=torch.int32)[None]
+    return one_sequence(token_ids, blocks, num_outputs=num_outputs)

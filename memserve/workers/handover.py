@@ -13,19 +13,26 @@ message never comes, a deadline settles the matter, and the prefill side decodes
 
 import itertools
 import logging
-from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import msgspec
 
-from memserve.messages import Declined, Expect, Published, Pulled, Withdrawn
+from memserve.messages import (
+    Declined,
+    Expect,
+    Published,
+    Pulled,
+    Withdrawn,
+    known_tokens,
+    num_known_tokens,
+)
 from memserve.pool.mempool import MemPool
 from memserve.pool.refs import BlockRef, Tier
 from memserve.workers.batching import Batcher
 from memserve.workers.claims import Claims
 from memserve.workers.link import CopyDone
-from memserve.workers.sequence import Sequence, Slice, known_tokens
+from memserve.workers.sequence import Sequence, Slice, handed_over
 from memserve.workers.swapping import Swapper
 
 logger = logging.getLogger(__name__)
@@ -361,26 +368,13 @@ class Arrivals:
         self._forget(arrival)
         self.num_handovers += 1
         self._send(Pulled(expect.ticket))
-        tokens = known_tokens(expect)
-        tokens.append(arrival.first_token)
-        sequence = Sequence(
-            ticket=expect.ticket,
-            choice=expect.choice,
-            tokens=tokens,
-            num_prompt_tokens=len(tokens) - 1 - len(expect.outputs),
-            num_given_outputs=len(expect.outputs),
-            sampling=expect.sampling,
-            cache_salt=expect.cache_salt,
-            reuse=expect.reuse,
-            num_computed=len(tokens) - 1,
-            blocks=array("i", arrival.blocks),
-        )
+        sequence = handed_over(expect, arrival.first_token, arrival.blocks)
         self._batcher.run(sequence)
         self._batcher.share(sequence)
 
     def _num_unknown(self, arrival: Arrival) -> int:
         """Blocks of its prompt that nobody has published."""
-        num_blocks = -(-len(known_tokens(arrival.expect)) // self._pool.block_size)
+        num_blocks = -(-num_known_tokens(arrival.expect) // self._pool.block_size)
         return num_blocks - arrival.num_matched - len(arrival.asked)
 
     def _decline(self, arrival: Arrival, reason: str) -> None:

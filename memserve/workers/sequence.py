@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TypeVar
 
-from memserve.messages import Expect, Prefilled, SamplingParams, Submit
+from memserve.messages import Expect, Prefilled, SamplingParams, Submit, known_tokens
 from memserve.pool.refs import BlockRef
 
 T = TypeVar("T")
@@ -110,13 +110,6 @@ class Sequence:
         return "length" if self.num_outputs >= self.sampling.max_tokens else None
 
 
-def known_tokens(message: Submit | Expect) -> "array[int]":
-    """The prompt and the answer so far."""
-    tokens = array("i", message.prompt)
-    tokens.extend(message.outputs)
-    return tokens
-
-
 def submitted(message: Submit) -> Sequence:
     """The sequence that a worker is sent: it holds no blocks and nothing of it is computed."""
     tokens = known_tokens(message)
@@ -133,6 +126,24 @@ def submitted(message: Submit) -> Sequence:
         order=message.order,
         first_fetched_block=message.first_fetched_block,
         fetch=message.fetch,
+    )
+
+
+def handed_over(message: Expect, first_token: int, blocks: Items[int]) -> Sequence:
+    """The sequence whose prompt another instance has computed, its KV in `blocks` here."""
+    tokens = known_tokens(message)
+    tokens.append(first_token)
+    return Sequence(
+        ticket=message.ticket,
+        choice=message.choice,
+        tokens=tokens,
+        num_prompt_tokens=len(tokens) - 1 - len(message.outputs),
+        num_given_outputs=len(message.outputs),
+        sampling=message.sampling,
+        cache_salt=message.cache_salt,
+        reuse=message.reuse,
+        num_computed=len(tokens) - 1,
+        blocks=array("i", blocks),
     )
 
 

@@ -89,7 +89,7 @@ class PagedAttention:
     def begin(
         self, step: StepInput, arena: torch.Tensor, written: LayerWritten | None = None
     ) -> "PagedBatch":
-        """Prepare one step. `arena` [num_blocks, num_layers, 2, block_size, Hkv, D]."""
+        """As `Attention.begin`."""
         return PagedBatch(self, step, arena, written)
 
 
@@ -143,7 +143,7 @@ class PagedBatch:
         self._checks.check(layer, query, key, value)
 
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Put this step's K and V [T, Hkv, D] of one layer into their slots of the arena."""
+        """As `Batch.write`."""
         if self._kernels is None:
             self._arena[:, layer, 0].index_put_((self._blocks, self._rows), key)
             self._arena[:, layer, 1].index_put_((self._blocks, self._rows), value)
@@ -185,11 +185,7 @@ class PagedBatch:
         scale: float,
         window: int | None,
     ) -> None:
-        """Attention of all tokens over their visible context, all of it in the arena.
-
-        query and output [T, Hq * D], contiguous within a row. `window` counts the visible tokens,
-        the query's own included.
-        """
+        """As `Batch.attend`."""
         if self._num_short:
             assert self._kernels is not None
             self._kernels.attend(
