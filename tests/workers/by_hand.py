@@ -32,7 +32,7 @@ from memserve.workers.memory import WorkerMemory
 from memserve.workers.runner import StepRunner
 from tests.faults.plan import Faults
 from tests.faults.wrapping import wrap
-from tests.workers.rig import BLOCK_SIZE, SHAPE, OracleRunner, oracle_answer, wrong_blocks
+from tests.workers.rig import SHAPE, OracleRunner, oracle_answer, wrong_blocks
 
 MAX_IDLE = 20
 
@@ -73,6 +73,7 @@ class HandEngine:
         make_runner: Callable[[WorkerMemory], StepRunner] = oracle,
         group_timeout: float = 5.0,
         max_num_seqs: int = 8,
+        max_num_batched_tokens: int = 16,
         cuda: Cuda | None = None,
         transfer_granularity: str = "chunk",
     ) -> None:
@@ -84,16 +85,16 @@ class HandEngine:
             weights="",
             eos_token_ids=(),
             device="cpu" if cuda is None else "cuda:0",
-            dtype="float32",
+            dtype=shape.dtype,
             max_model_len=1000,
-            block_size=BLOCK_SIZE,
+            block_size=shape.block_size,
             kv_cache_bytes=num_blocks * shape.block_bytes,
             dram_cache_bytes=num_dram_blocks * shape.block_bytes,
             cache_dir=cache_dir,
             cache_dir_bytes=cache_dir_bytes,
             model_id=model_id,
             max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=16,
+            max_num_batched_tokens=max_num_batched_tokens,
             handover_timeout=handover_timeout,
             transfer_granularity=transfer_granularity,
             group_timeout=group_timeout,

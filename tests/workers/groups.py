@@ -41,13 +41,12 @@ from memserve.parallel.split import chunks, slices
 from memserve.pool.index import pack_tokens
 from memserve.pool.refs import BlockRef
 from tests.workers.by_hand import HandEngine, engines
-from tests.workers.rig import BLOCK_SIZE
 
-PATIENCE_S = 8.0
+PATIENCE_S = 20.0
 
 
 def all_refs(
-    group: Group, num_tokens: int, own: dict[int, list[BlockRef]], block_size: int = BLOCK_SIZE
+    group: Group, num_tokens: int, own: dict[int, list[BlockRef]], block_size: int
 ) -> list[BlockRef]:
     """All blocks of a prompt in order: the cached ones, then those of each rank where it computes."""
     refs = [*group.cached]
@@ -208,7 +207,8 @@ class FakeLauncher:
     def _joined(self, instance: int, request: Request, refs: list[BlockRef], ticket: int) -> None:
         request.joined[instance] = refs
         if len(request.joined) == len(request.group.instances) and not request.left:
-            request.refs = all_refs(request.group, len(request.prompt), request.joined)
+            size = self.engines[instance].pool.block_size
+            request.refs = all_refs(request.group, len(request.prompt), request.joined, size)
             for rank in request.group.instances:
                 self.tell(rank, StartGroup(ticket, self._num_started, request.refs))
             self._num_started += 1
