@@ -204,6 +204,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     handover_timeout: float
     transfer_granularity: str = "chunk"
     """`chunk`, `request` or `layer`: when a prompt's blocks are published to its decode instance."""
+    max_sp: int = 1
+    """Most instances that prefill a prompt together, 0: all; unless 1, it must be able to."""
     group_timeout: float = 5.0
     """Seconds without a sign of life after which another rank of a group is given up."""
     enforce_eager: bool = False

@@ -94,6 +94,7 @@ def plan_instances(config: ServeConfig, prepared: PreparedModel) -> list[Instanc
         max_num_batched_tokens=config.max_num_batched_tokens,
         handover_timeout=config.handover_timeout,
         transfer_granularity=config.transfer_granularity,
+        max_sp=config.max_sp,
         enforce_eager=config.enforce_eager,
         num_threads=len(shares[0][0]),
         log_level=config.log_level,

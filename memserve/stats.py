@@ -67,6 +67,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_remote_blocks: int = 0
     """Other instances' blocks that were attended to where they lie, counted again in each step."""
     num_remote_bytes: int = 0
+    num_remote_decode_tokens: int = 0
+    """Tokens decoded over such blocks: of prompts that this instance does not hold by itself."""
     num_gathered_blocks: int = 0
     """Blocks of a group's other ranks copied here by the leader."""
     num_kept_blocks: int = 0

@@ -300,6 +300,11 @@ COUNTERS: tuple[Series, ...] = (
     ("group_steps", "Steps computed together with others.", lambda s: s.num_group_steps),
     ("remote_blocks", "Others' blocks attended to in place.", lambda s: s.num_remote_blocks),
     ("remote_bytes", "Bytes of these blocks.", lambda s: s.num_remote_bytes),
+    (
+        "remote_decode_tokens",
+        "Tokens decoded over others' blocks where they lie.",
+        lambda s: s.num_remote_decode_tokens,
+    ),
     ("gathered_blocks", "A group's blocks copied here.", lambda s: s.num_gathered_blocks),
     ("disk_read_blocks", "Cached blocks had from files.", lambda s: disk(s).num_read_blocks),
     ("disk_read_bytes", "Bytes had from files.", lambda s: disk(s).num_read_bytes),

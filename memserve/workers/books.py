@@ -105,6 +105,7 @@ class Books:
             num_gathered_blocks=self._groups.num_gathered_blocks,
             num_kept_blocks=self._groups.num_kept_blocks,
             num_remote_blocks=self._groups.num_remote_blocks,
+            num_remote_decode_tokens=self._groups.num_remote_decode_tokens,
             num_remote_bytes=self._groups.num_remote_blocks * block_bytes,
             hbm=pool.hbm,
             dram=pool.dram,

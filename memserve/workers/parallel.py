@@ -80,6 +80,7 @@ class Groups:
         self._gatherer = Gatherer(pool, claims, start_copy, send, num_own=self._num_own)
         self.turns = Turns(mail, beat, self._leave, self._prefilled)
         self.num_remote_blocks = 0
+        self.num_remote_decode_tokens = 0
 
     def __len__(self) -> int:
         return len(self._parts)
@@ -234,6 +235,8 @@ class Groups:
             if owner is not None:
                 changed.add(ticket)
                 self._leave(part, f"instance {owner} has let its blocks go")
+            elif part.prefilled:
+                self.num_remote_decode_tokens += 1
         return changed
 
     def publish(self, sequence: Sequence, now: float) -> None:

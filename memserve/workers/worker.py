@@ -13,6 +13,8 @@ from memserve.messages import Configure, Ready, StartFailed
 from memserve.model.loading import load_model
 from memserve.model.model import Model
 from memserve.model.shard import Collective
+from memserve.pool.generations import load_native_blocks
+from memserve.pool.progress import load_native_progress
 from memserve.pool.refs import ArenaDescriptor
 from memserve.tensor.leading import Followers, Lead, LeadingModel, leading
 from memserve.tensor.starting import StartedRanks
@@ -72,6 +74,7 @@ def _serve(configure: Configure, link: Link, descriptors: socket.socket, lead: L
     with explained_shortage():
         cuda = open_gpu(config)
         model = _load(config) if lead is None else lead.load(partial(_load, config, lead.ranks))
+        _check_groups(config, model)
         shape = model.spec.block_layout(config.block_size)
         if cuda is not None:
             config = with_cache_size(config, model, shape)
@@ -114,6 +117,16 @@ def _serve(configure: Configure, link: Link, descriptors: socket.socket, lead: L
         engine.run()
     finally:
         memory.close()
+
+
+def _check_groups(config: EngineConfig, model: Model) -> None:
+    """Raise `UsageError` if this worker is to take part in groups and can't.
+
+    It reads others' blocks where they lie by compiled kernels, and looks at their generations.
+    """
+    compiled = all((model.reads_in_place, load_native_blocks(), load_native_progress()))
+    if config.max_sp != 1 and not compiled:
+        raise UsageError(f"--max-sp {config.max_sp} needs a C and C++ compiler on this machine")
 
 
 def _runner(

@@ -60,6 +60,9 @@ async def test_a_rank_that_dies_or_hangs_in_the_middle_costs_no_answer(
 ) -> None:
     undisturbed = await answers(grouped)
     assert await asyncio.to_thread(count, grouped, "groups_dissolved") == 0
+    async with asyncio.timeout(10):  # till the worker tells of it
+        while not await asyncio.to_thread(count, grouped, "remote_decode_tokens"):
+            await asyncio.sleep(0.1)
     grouped.post("/reset_prefix_cache", {})
     for answer, wanted in zip(await answers(grouped, number), undisturbed, strict=True):
         answer.assert_same(wanted)

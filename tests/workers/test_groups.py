@@ -189,7 +189,10 @@ def test_what_no_arena_could_hold_alone_is_decoded_over_the_blocks_of_all() -> N
         assert_answered(asked, 12)
         assert not asked.gathered
         launcher.until(lambda: quiet(launcher))
-        assert launcher.engines[0].engine.stats().num_remote_blocks > 12 * 20
+        stats = [engine.engine.stats() for engine in launcher.engines.values()]
+        assert stats[0].num_remote_blocks > 12 * 20
+        # The first token comes out of the prefill.
+        assert [each.num_remote_decode_tokens for each in stats] == [11, 0, 0]
 
 
 def test_a_leader_with_room_gathers_all_blocks_and_keeps_them_as_history() -> None:

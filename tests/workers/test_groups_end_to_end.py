@@ -109,19 +109,32 @@ async def test_many_groups_at_once_give_right_answers_and_every_block_comes_home
         assert cluster.groups.counts.num_started >= 40
 
 
-async def test_two_groups_over_the_same_workers_never_wait_for_each_other() -> None:
-    async with rig(options(2), of_size(2)) as cluster:
-        for round_ in range(50):
+class Crossed(Together):
+    """Groups of all instances, led by each in turn."""
+
+    def place(self, ask: Ask, now: float) -> Placement:
+        placement = super().place(ask, now)
+        plan, turn = placement.group, self.counters.num_groups.total()
+        if plan is None:
+            return placement
+        ranks = sorted(plan.instances)
+        ranks = ranks[turn % len(ranks) :] + ranks[: turn % len(ranks)]
+        plan = dataclasses.replace(plan, instances=ranks)
+        return dataclasses.replace(placement, prefill=ranks[0], decode=ranks[0], group=plan)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+async def test_two_groups_over_the_same_workers_never_wait_for_each_other(num_ranks: int) -> None:
+    async with rig(
+        options(num_ranks, handover_timeout=5.0), of_size(num_ranks, Crossed)
+    ) as cluster:
+        for round_ in range(200):
             pair = prompts(2, longest=60, seed=100 + round_)
-            await asyncio.wait_for(
-                asyncio.gather(
-                    *(
-                        same(cluster, generation(10 * round_ + i, prompt, 2))
-                        for i, prompt in enumerate(pair)
-                    )
-                ),
-                30,
-            )
+            async with asyncio.timeout(30), asyncio.TaskGroup() as both:
+                for i, prompt in enumerate(pair):
+                    both.create_task(same(cluster, generation(10 * round_ + i, prompt, 2)))
+        assert cluster.groups.counts.num_started == 400
+        assert cluster.groups.counts.num_dissolved == 0
 
 
 async def test_a_cached_prefix_on_any_rank_is_used_where_it_lies() -> None:
