@@ -181,7 +181,7 @@ class Cluster:
             raise Overloaded("; ".join(self.problems()), code="no_worker")
         self._admission.check(generation, self._fit.capacity())
         request = Request(generation, asyncio.Queue())
-        ask = ask_of(request, [])
+        ask = ask_of(request, [], num_choices=generation.num_choices)
         self._admission.check_objective(self.scheduler.too_late(ask, time.monotonic()))
         self._requests[generation.request_id] = request
         self._admission.enter(generation)

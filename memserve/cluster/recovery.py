@@ -1,5 +1,7 @@
 """Requests whose worker has died: where and when they go on.
 
+So do those whose group could not go on, and choices that waited for the group of another choice.
+
 Each of their choices is dispatched again from its prompt and the tokens that have arrived; what draws
 the next one depends on nothing else. While nobody serves they wait.
 
@@ -86,8 +88,8 @@ class Recovery:
             await self._streams.change()
 
     def _tend(self) -> None:
-        self._waiting += self._streams.dissolved
-        self._streams.dissolved.clear()
+        self._waiting += self._streams.unsent
+        self._streams.unsent.clear()
         self._waiting = [stream for stream in self._waiting if not stream.closed]
         self._watch_suspect()
         suspects = [stream for stream in self._waiting if self._must_be_alone(stream.request)]
@@ -95,13 +97,16 @@ class Recovery:
             # What dies at once has got least far.
             self._isolate(min(suspects, key=lambda stream: len(stream.answer)).request)
         for stream in list(self._waiting):
-            if self._send_again(stream):
+            was_sent = stream.ticket != 0
+            if self._send(stream):
                 self._waiting.remove(stream)
-                self._counts.num_replayed += 1
+                self._counts.num_replayed += was_sent
 
-    def _send_again(self, stream: Stream) -> bool:
+    def _send(self, stream: Stream) -> bool:
         request = stream.request
-        ask = ask_of(request, stream.answer, may_share=stream.may_share)
+        if self._streams.shares_prompt(request):
+            return False
+        ask = ask_of(request, stream.answer, may_share=stream.may_share, num_choices=1)
         if request is self._suspect:
             placement = self._alone(stream)
         elif self._must_be_alone(request) and not self._hopeless(ask):
@@ -227,14 +232,16 @@ def decide(scheduler: Scheduler, ask: Ask) -> Placement:
         counters.decision_seconds += time.perf_counter() - start
 
 
-def ask_of(request: Request, answer: list[int], *, may_share: bool = True) -> Ask:
-    """What the scheduler is asked for a request with this answer so far."""
+def ask_of(
+    request: Request, answer: list[int], *, num_choices: int, may_share: bool = True
+) -> Ask:
+    """What the scheduler is asked for so many choices of a request with this answer so far."""
     generation = request.generation
     return Ask(
         prompt=generation.prompt + array("i", answer) if answer else generation.prompt,
         max_tokens=generation.sampling.max_tokens - len(answer),
         salt=generation.cache_salt,
-        num_choices=1 if answer else generation.num_choices,
+        num_choices=num_choices,
         priority=generation.priority,
         tenant=generation.tenant,
         session=generation.session,

@@ -92,18 +92,29 @@ class Streams:
         self._next_ticket = 1
         self._streams: dict[int, Stream] = {}
         self._changed = asyncio.Event()
-        self.dissolved: list[Stream] = []
-        """Those whose group could not go on: nobody works on them till `send` is called again."""
+        self.unsent: list[Stream] = []
+        """Nobody works on these till `send` is called: their group could not go on, or another choice's
+        group computes their prompt."""
 
     def __len__(self) -> int:
         return len(self._streams)
 
     def open(self, request: Request, choice: int, ask: Ask, placement: Placement) -> None:
-        """Register one choice and send its work."""
+        """Register one choice and send its work, unless it waits for the first one's group."""
         prefill = self._instances[placement.prefill]
         stream = Stream(request, 0, choice, placement, prefill, prefill, prefill)
         request.streams.append(stream)
-        self.send(stream, ask, placement)
+        if self.shares_prompt(request):
+            self.unsent.append(stream)
+        else:
+            self.send(stream, ask, placement)
+
+    def shares_prompt(self, request: Request) -> bool:
+        """Whether a group works on one of its choices: then the others wait till its prompt is history.
+
+        By then the leader has copies of all of it, or another instance has, or it lies spread.
+        """
+        return any(self._groups.ranks(each.ticket) for each in request.streams if not each.closed)
 
     def send(self, stream: Stream, ask: Ask, placement: Placement) -> None:
         """Send the work of a choice that nobody works on; its prompt includes the answer so far."""
@@ -294,7 +305,7 @@ class Streams:
         self._groups.dissolved(stream.ticket)
         self._take_back(stream)
         stream.may_share = False
-        self.dissolved.append(stream)
+        self.unsent.append(stream)
         self.note_change()
 
     def _decode_where_prefilled(self, stream: Stream) -> None:

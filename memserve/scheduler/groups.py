@@ -93,7 +93,7 @@ class GroupChooser:
         if config.max_sp == 1 or len(loads) < 2:
             return False
         num_new = len(ask.prompt) - question.cached.max(initial=0.0)
-        return ask.may_share and ask.num_choices == 1 and num_new >= config.sp_min_tokens
+        return ask.may_share and num_new >= config.sp_min_tokens
 
     def best(
         self, question: Question, loads: Loads, outlook: Outlook, *, below: float

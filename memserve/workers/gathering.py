@@ -3,8 +3,11 @@
 Until all of them are here and verified, the sequence goes on over blocks that lie elsewhere. Between
 two steps its block list then changes, and it is a sequence like any other. It takes only room that no
 running request holds: without that it goes on as it is, and what is larger than the arena always does.
+So does what has a part in the own DRAM, from where nothing is copied here. When the request ends, what
+is being copied is copied to its end: then the prompt is history as any other.
 """
 
+import math
 import time
 from collections.abc import Callable
 from typing import final
@@ -14,6 +17,7 @@ import msgspec
 from memserve.errors import OutOfBlocks
 from memserve.parallel.messages import Gathered
 from memserve.pool.mempool import MemPool
+from memserve.pool.refs import Tier
 from memserve.workers.claims import Claims
 from memserve.workers.handover import StartCopy
 from memserve.workers.link import CopyDone
@@ -55,6 +59,9 @@ class Gatherer:
         places = [place for place, number in enumerate(blocks) if number >= self._num_own]
         if not places:
             return
+        if any(number < self._num_own and not self._in_hbm(number) for number in blocks):
+            part.gather_at = math.inf
+            return
         try:
             room = self._claims.allocate_spare(len(places) + num_spare)
         except OutOfBlocks:
@@ -84,8 +91,5 @@ class Gatherer:
             self._send(Gathered(part.ticket))
         return True
 
-    def cancel(self, part: Part) -> None:
-        """Nothing of it is wanted any more; copies under way end for nobody."""
-        if part.gathering:
-            self._pool.free_mem(part.blocks)
-            part.blocks, part.gathering = [], []
+    def _in_hbm(self, block: int) -> bool:
+        return self._pool.tier_of(block) is Tier.HBM

@@ -27,7 +27,7 @@ from memserve.messages import Published, Submit
 from memserve.parallel.messages import Joined, KeepBlocks, LeftGroup, LetGo, StartGroup
 from memserve.pool.mempool import MemPool
 from memserve.pool.progress import GroupProgress
-from memserve.pool.refs import BlockRef, Tier
+from memserve.pool.refs import BlockRef
 from memserve.pool.space import BlockSpace
 from memserve.workers.batching import Batcher
 from memserve.workers.claims import Claims
@@ -168,8 +168,7 @@ class Groups:
         if part is None:
             self._send(LetGo(message.ticket))
             return
-        part.kept = True
-        self._gatherer.cancel(part)
+        part.kept = True  # a copy of it that is under way goes on: then it is history as any other
         self._claims.drop(part.ticket)
         self._claims.keep(part.ticket, lambda: self._leave(part, "the room is needed"))
 
@@ -208,7 +207,7 @@ class Groups:
             return False
         if not self._gatherer.copied(part, done):
             self._leave(part, "a block has changed while it was copied")
-        elif part.watch is None and all(map(self._in_hbm, part.sequence.blocks)):
+        elif part.watch is None:
             self._release(part)
         return True
 
@@ -299,9 +298,6 @@ class Groups:
     def _prefilled(self, part: Part) -> None:
         if part.group.rank == 0:
             self._batcher.run(part.sequence)
-
-    def _in_hbm(self, block: int) -> bool:
-        return self._pool.tier_of(block) is Tier.HBM
 
     def _release(self, part: Part) -> None:
         """All of it lies here: from now on it is a sequence as any other."""

@@ -234,7 +234,7 @@ def test_nobody_shares_what_is_short_or_mostly_cached_or_was_to_be_alone() -> No
     assert made.place(Ask(prompt=tokens(599), max_tokens=1), 0.0).group is None
     assert made.place(Ask(prompt=tokens(600), max_tokens=1), 0.0).group is not None
     assert made.place(Ask(prompt=tokens(600), max_tokens=1, may_share=False), 0.0).group is None
-    assert made.place(Ask(prompt=tokens(600), max_tokens=1, num_choices=2), 0.0).group is None
+    assert made.place(Ask(prompt=tokens(600), max_tokens=1, num_choices=2), 0.0).group is not None
     assert scheduler(4, max_sp=1).place(Ask(prompt=tokens(600), max_tokens=1), 0.0).group is None
     capped = scheduler(4, max_sp=2).place(Ask(prompt=tokens(4000), max_tokens=1), 0.0).group
     assert capped is not None

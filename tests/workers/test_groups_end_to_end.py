@@ -13,6 +13,7 @@ import pytest
 from memserve.cluster.cluster import Cluster
 from memserve.errors import InvalidRequest
 from memserve.generation import Generation
+from memserve.pool.refs import Tier
 from memserve.scheduler.interface import Ask, GroupPlan, Placement, Role, SchedulerConfig
 from memserve.scheduler.scheduler import Scheduler
 from tests.workers.rig import (
@@ -145,6 +146,38 @@ async def test_a_cached_prefix_on_any_rank_is_used_where_it_lies() -> None:
             await same(cluster, generation(number, document + tail, 4))
         reports = await cluster.inspect()
         assert sum(each.inspection.stats.num_remote_blocks for each in reports) > 0
+
+
+class ByHolders(Together):
+    """The one with the longest prefix leads, or else the first."""
+
+    def place(self, ask: Ask, now: float) -> Placement:
+        placement = super().place(ask, now)
+        plan = placement.group
+        if plan is None:
+            return placement
+        held = {one: len(self.locate(one, ask.prompt[:-1], ask.salt)) for one in plan.instances}
+        ranks = sorted(plan.instances, key=lambda one: (-held[one], one))
+        plan = dataclasses.replace(plan, instances=ranks)
+        return dataclasses.replace(placement, prefill=ranks[0], decode=ranks[0], group=plan)
+
+
+async def test_a_prefix_in_the_leaders_slower_memory_is_used_and_comes_home() -> None:
+    async with rig(options(2, num_blocks=40, num_dram_blocks=64), of_size(2, ByHolders)) as cluster:
+        documents = [
+            [random.Random(number).randrange(50) for _ in range(64)] for number in range(4)
+        ]
+        for number, document in enumerate(documents):
+            await same(cluster, generation(number, document, 9))
+        held = cluster.scheduler.locate(0, documents[0], "")
+        assert {ref.tier for ref in held} == {Tier.DRAM}
+        asked = generation(9, [*documents[0], 3, 1, 4], 20)
+        async with cluster.generate(asked) as tokens:
+            events = [item.event async for item in tokens]
+        assert [event.token for event in events] == oracle_answer(asked.prompt, 20)
+        assert events[0].num_cached_tokens == BLOCK_SIZE * len(held)
+        assert cluster.groups.counts.num_started == 5
+        assert cluster.groups.counts.num_kept == 1
 
 
 async def test_what_was_never_gathered_is_found_again_by_a_group_of_the_same_ranks() -> None:
