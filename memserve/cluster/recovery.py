@@ -232,9 +232,7 @@ def decide(scheduler: Scheduler, ask: Ask) -> Placement:
         counters.decision_seconds += time.perf_counter() - start
 
 
-def ask_of(
-    request: Request, answer: list[int], *, num_choices: int, may_share: bool = True
-) -> Ask:
+def ask_of(request: Request, answer: list[int], *, num_choices: int, may_share: bool = True) -> Ask:
     """What the scheduler is asked for so many choices of a request with this answer so far."""
     generation = request.generation
     return Ask(

@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 
 from memserve.errors import InvalidRequest, Overloaded, RequestFailed
+from memserve.generation import Generation
 from memserve.messages import Abort, Expect, Published, Pulled, Settle, Submit
 from memserve.parallel.messages import (
     Gathered,
@@ -126,6 +127,44 @@ async def test_when_the_leader_has_gathered_the_others_forget_it() -> None:
         assert workers[0].all(Abort) == [], "the leader has ended it by itself"
         assert len(workers.cluster.groups) == 0
         assert workers.cluster.groups.counts.num_gathered == 1
+
+
+class First(Grouping):
+    """Only requests with several choices go to the group."""
+
+    def place(self, ask: Ask, now: float) -> Placement:
+        placement = super().place(ask, now)
+        return placement if ask.num_choices > 1 else dataclasses.replace(placement, group=None)
+
+
+async def test_other_choices_are_sent_when_the_leader_has_their_prompt() -> None:
+    async with fake_cluster(First(0, 1), num_workers=2) as workers:
+        asked = dataclasses.replace(generation(0, PROMPT, 2), num_choices=3)
+        running = asyncio.create_task(answers(workers, asked))
+        ticket = await start(workers, 0, 1)
+        workers[0].token(ticket, 0, 3)
+        await asyncio.wait_for(has_answer(workers), 10)
+        assert len(workers[0].all(Submit)) == len(workers[1].all(Submit)) == 1
+        workers[0].say(Gathered(ticket))
+        for number in (2, 3):
+            other = await workers[0].hears(Submit, number)
+            assert (other.choice, other.group) == (number - 1, None)
+            for position in range(2):
+                workers[0].token(
+                    other.ticket, position, 10 * other.choice, "length" if position else None
+                )
+        workers[0].token(ticket, 1, 4, "length")
+        assert await running == [[3, 4], [10, 10], [20, 20]]
+        assert workers.cluster.recoveries.num_replayed == 0
+
+
+async def answers(workers: FakeWorkers, asked: Generation) -> list[list[int]]:
+    """The tokens of every choice."""
+    found: list[list[int]] = [[] for _ in range(asked.num_choices)]
+    async with workers.cluster.generate(asked) as tokens:
+        async for item in tokens:
+            found[item.choice].append(item.event.token)
+    return found
 
 
 async def test_a_client_that_leaves_ends_the_group_on_all_ranks() -> None:

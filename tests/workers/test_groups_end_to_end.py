@@ -247,7 +247,7 @@ async def test_a_death_in_the_middle_costs_no_answer(base: type[Together], seed:
         random_ = random.Random(seed)
         asked = prompts(12, longest=90, seed=seed)
         running = [
-            asyncio.create_task(same(cluster, generation(i, prompt, 12)))
+            asyncio.create_task(same(cluster, generation(i, prompt, 12, choices=1 + i % 2)))
             for i, prompt in enumerate(asked)
         ]
         for _ in range(2):
@@ -284,3 +284,35 @@ async def test_by_cost_long_prompts_are_shared_where_that_pays() -> None:
         await same(cluster, generation(1, prompt[:2], 3))
         assert cluster.groups.counts.num_started == 1
         assert cluster.scheduler.counters.num_groups == {2: 1}
+        # Choices share what the group of the first one has computed.
+        before = await prefilled(cluster)
+        prompt = [random.Random(10).randrange(50) for _ in range(203)]
+        await same(cluster, generation(2, prompt, 9, choices=4))
+        assert cluster.groups.counts.num_started == 2
+        assert await prefilled(cluster) - before == 203 + 3 * 3
+
+
+async def prefilled(cluster: Cluster) -> int:
+    """Prompt tokens that were computed."""
+    return sum(each.inspection.stats.num_prefill_tokens for each in await cluster.inspect())
+
+
+async def test_choices_of_a_prompt_larger_than_an_arena_share_what_lies_spread() -> None:
+    async with rig(options(2, num_blocks=24), of_size(2)) as cluster:
+        prompt = [random.Random(3).randrange(50) for _ in range(110)]
+        await same(cluster, generation(0, prompt, 4, choices=3))
+        assert cluster.groups.counts.num_dissolved == 0
+        assert await prefilled(cluster) == 110 + 2 * 2
+        cluster.reset_prefix_cache()
+
+
+async def test_choices_go_on_when_the_one_is_cut_short_whose_group_they_wait_for() -> None:
+    async with rig(options(2, step_seconds=0.002), of_size(2)) as cluster:
+        prompt = [random.Random(3).randrange(50) for _ in range(150)]
+        asked = generation(0, prompt, 9, choices=3)
+        answers: dict[int, list[int]] = {}
+        async with cluster.generate(asked) as tokens:
+            cluster.abort_choice(asked, 0)
+            async for item in tokens:
+                answers.setdefault(item.choice, []).append(item.event.token)
+        assert answers == {1: oracle_answer(prompt, 9), 2: oracle_answer(prompt, 9)}
