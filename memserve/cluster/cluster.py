@@ -11,7 +11,7 @@ Runs on one event loop and imports no torch. It does not parse requests and does
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -40,6 +40,8 @@ from memserve.scheduler.scheduler import Scheduler
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_NUM_QUEUED_TOKENS = 1 << 20
+AFTER_ERROR_S = 1.0
+"""Seconds before something that should never end begins again."""
 
 
 class Cluster:
@@ -131,9 +133,9 @@ class Cluster:
                 await self._knowledge.calibrate(self.instances)
             for instance in self.instances:
                 self._liveness.watch(instance)
-            self.in_background(self._liveness.run(self._hangs))
-            self.in_background(self.recovery.run())
-            self.in_background(adapt_roles(self))
+            self.in_background(_for_ever(lambda: self._liveness.run(self._hangs)))
+            self.in_background(_for_ever(self.recovery.run))
+            self.in_background(_for_ever(lambda: adapt_roles(self)))
             yield self
         finally:
             tasks = list(self._tasks)
@@ -345,3 +347,13 @@ class Cluster:
             else self.reviver.revive(instance, reason)
         )
         self.recovery.lost(instance, self._streams.lose(instance), of_itself=of_itself)
+
+
+async def _for_ever(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Do what never ends by itself; if an error of ours ends it, begin it again."""
+    while True:
+        try:
+            await work()
+        except Exception:
+            logger.exception("something in the background has failed, it begins again")
+        await asyncio.sleep(AFTER_ERROR_S)

@@ -181,7 +181,7 @@ class Split:
         )
         special = rows["special"]
         before = int(np.count_nonzero(special))
-        best = _choose(jct, before)
+        best = _choose(jct, min(before, len(slots) - 1))  # the others may have gone
         if best != before:
             # Who prefills already goes on to; then those with the most of it.
             order = np.lexsort((-rows["pressure"][slots], ~special[slots]))

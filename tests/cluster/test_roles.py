@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from memserve.cluster import cluster as cluster_module
 from memserve.cluster import elastic
 from memserve.errors import InvalidRequest, NotFound
 from memserve.scheduler.interface import Role
@@ -49,6 +50,29 @@ async def test_no_change_of_roles_costs_a_request_its_answer(
         roles = {instance.number: instance.role for instance in cluster.instances}
         assert roles == scheduler.roles()
     assert answers == [[oracle_answer(prompt, 9)] for prompt in asked]
+
+
+class Stumbling(Restless):
+    """Fails at first."""
+
+    def replan(self, now: float) -> list[tuple[int, Role]]:
+        if not self.num_changes:
+            self.num_changes += 1
+            raise IndexError("a mistake of ours")
+        return super().replan(now)
+
+
+async def test_an_error_does_not_end_what_goes_on_in_the_background(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(elastic, "REPLAN_S", 0.003)
+    monkeypatch.setattr(cluster_module, "AFTER_ERROR_S", 0.003)
+    options = RigOptions(roles=(Role.PREFILL, Role.DECODE))
+    async with rig(options, Stumbling) as cluster:
+        scheduler = cluster.scheduler
+        assert isinstance(scheduler, Stumbling)
+        await until(lambda: scheduler.num_changes > 5)
+    assert "a mistake of ours" in caplog.text
 
 
 class RestlessAmongTheLiving(Restless):

@@ -153,6 +153,15 @@ def test_an_instance_that_leaves_prefills_no_more() -> None:
     assert follow(split, loads, 11.5) == [False, False]
 
 
+def test_when_all_that_decoded_have_gone_not_all_that_are_left_prefill() -> None:
+    split = Split()
+    loads = loads_under(1.8, 10.0, prefill_seconds=0.15, answer=256)
+    loads.join(2, Role.MIXED, capacity=370_000, block_bytes=1)
+    loads.rows["special"] = (True, True, False)
+    loads.leave(2, [])
+    assert sum(follow(split, loads, 10.0)) == 1
+
+
 def test_slower_steps_are_in_the_expectation() -> None:
     slow = replace(LONG_PROMPTS, work=2 * LONG_PROMPTS.work)
     twice = expected_jct(slow, COSTS, 2, slowdown=2.0, chunk=2048, capacity=370_000, handover=1e-3)
