@@ -88,8 +88,9 @@ class Turns:
         if part is None:
             return slices
         if passing and any(other.sequence.prefilling for other in slices):
-            self._give_way(part)
-            return slices
+            if self._give_way(part):
+                return slices
+            slices = [other for other in slices if not other.sequence.prefilling]
         if not self._all_reached(part):
             return slices
         self._entered = part
@@ -138,18 +139,30 @@ class Turns:
         """Whether other prompts may come before its next chunk, which others may have entered."""
         return not part.gave_way and not (part.ready and self._all_reached(part))
 
-    def _give_way(self, part: Part) -> None:
-        """The next step is one of other prompts."""
+    def _give_way(self, part: Part) -> bool:
+        """The next step is one of other prompts; False if the others may have entered the chunk.
+
+        Who takes its word back and then finds all others ready can't know whether they have looked
+        before or after: they would wait for that whole step, with their streams.
+        """
         assert part.lockstep is not None
         part.lockstep.hold_back(part.num_chunks_done)
-        part.ready = False
+        was_ready, part.ready = part.ready, False
+        if was_ready and self._others_reached(part):
+            return False
         part.gave_way = part.lockstep.met()
+        return True
 
     def _all_reached(self, part: Part, seconds: float = 0.0) -> bool:
-        """Tell the others how far we are; whether they are as far. It may turn out to be broken."""
+        """Tell the others how far we are; whether they are as far."""
         assert part.lockstep is not None
         part.lockstep.tell(part.num_chunks_done)
         part.ready = True
+        return self._others_reached(part, seconds)
+
+    def _others_reached(self, part: Part, seconds: float = 0.0) -> bool:
+        """Whether the others are ready for the next chunk. The group may turn out to be broken."""
+        assert part.lockstep is not None
         try:
             return part.lockstep.reached(part.num_chunks_done, seconds=seconds)
         except GroupBroken as error:
