@@ -7,11 +7,13 @@
 // out as the second product wants them:
 //   scores [TOKENS, 16] = keys [TOKENS, width] x query [width, 16]
 //   output [width, 16] += values [width, TOKENS] x weights [TOKENS, 16]
-// Keys and transposed values of a KV head are packed once per call for all its rows.
+// Keys and transposed values of a KV head are packed once per call for all its rows, those of
+// other slices of its sequence too (`prefill_plan.h`).
 //
 // A bfloat16 arena is multiplied as such on matrix tiles (AMX); without them, and for a float
 // arena, operands are float. Everything needs AVX-512: elsewhere the functions exist and
 // `memserve_prefill_operands` says no.
+#include "prefill_plan.h"
 #include "products.h"
 
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
@@ -26,45 +28,13 @@
 namespace memserve {
 namespace {
 
-constexpr int TOKENS = 64;  // context tokens of a tile
 constexpr int HALF_TILE = 32;
-constexpr int ROWS = 64;  // rows at a time
 constexpr int PANELS = ROWS / LANES;
 constexpr int MAX_WIDTH = 256;
 constexpr int64_t SCRATCH_BYTES = 4 << 20;  // packed keys and values at a time: about an L2 cache
 constexpr float NEG_INF = -std::numeric_limits<float>::infinity();
 constexpr float NEVER = -1e30f;  // a maximum before anything was seen; finite, so that no NaN comes
 constexpr float SLACK = 8.0f;    // how far weights may grow over 1 before all is rescaled
-
-struct Call {
-    const Step* step;
-    int64_t layer;
-    const void* query;  // [num_tokens, num_query_heads, head_dim], rows query_stride apart
-    int64_t query_stride;
-    void* output;  // like query
-    int64_t output_stride;
-    float scale;
-    int32_t window;  // 0: none
-
-    int group() const { return step->num_query_heads / step->num_kv_heads; }
-    int width() const { return (step->head_dim + 31) / 32 * 32; }
-};
-
-// A KV head of a sequence, and where its packed context lies.
-struct Job {
-    int32_t sequence;
-    int32_t kv_head;
-    int32_t begin;  // first packed context position
-    int32_t num_tiles;
-    int32_t num_rows;
-    int64_t keys;    // offset in the scratch memory, elements: [num_tiles, TOKENS, width]
-    int64_t values;  // [num_tiles, width, TOKENS]
-};
-
-struct Unit {
-    const Job* job;
-    int32_t index;  // of a tile to pack, or of the first row to compute
-};
 
 // The rows at hand; operands and sums are [panel][..., LANES].
 template <class E>
@@ -264,55 +234,12 @@ void run_block(const Call& call, const Job& job, int first_row, const E* scratch
     finish_block<T>(call, job, first_row, num_rows, block);
 }
 
-// The jobs of a call, in groups whose packed contexts fit into the scratch memory together.
-template <class E>
-std::vector<std::vector<Job>> plan(const Call& call, const int32_t* sequences, int num_sequences,
-                                   int64_t capacity) {
-    const Step& step = *call.step;
-    std::vector<std::vector<Job>> groups;
-    int64_t used = capacity;
-    for (int i = 0; i < num_sequences; i++) {
-        const int s = sequences[i];
-        const int count = step.query_start[s + 1] - step.query_start[s];
-        const int hidden = std::max(0, step.kv_len[s] - count + 1 - call.window);
-        const int begin = call.window > 0 ? hidden / TOKENS * TOKENS : 0;
-        const int num_tiles = (step.kv_len[s] - begin + TOKENS - 1) / TOKENS;
-        const int64_t size = int64_t(num_tiles) * TOKENS * call.width();
-        for (int head = 0; head < step.num_kv_heads; head++) {
-            if (used + 2 * size > capacity) {
-                groups.emplace_back();
-                used = 0;
-            }
-            groups.back().push_back(
-                {s, head, begin, num_tiles, count * call.group(), used, used + size});
-            used += 2 * size;
-        }
-    }
-    return groups;
-}
-
-// Rows of late tokens see most: they come first, so that no thread ends up with one.
-std::vector<Unit> row_units(const std::vector<Job>& jobs) {
-    std::vector<Unit> units;
-    for (const Job& job : jobs)
-        for (int row = (job.num_rows - 1) / ROWS * ROWS; row >= 0; row -= ROWS)
-            units.push_back({&job, row});
-    return units;
-}
-
-std::vector<Unit> tile_units(const std::vector<Job>& jobs) {
-    std::vector<Unit> units;
-    for (const Job& job : jobs)
-        for (int tile = 0; tile < job.num_tiles; tile++) units.push_back({&job, tile});
-    return units;
-}
-
 template <class T, class E>
 void run(const Call& call, const int32_t* sequences, int num_sequences, void* memory,
          int64_t capacity) {
     E* scratch = static_cast<E*>(memory);
     const int64_t room = capacity / int64_t(sizeof(E));
-    for (const std::vector<Job>& jobs : plan<E>(call, sequences, num_sequences, room)) {
+    for (const std::vector<Job>& jobs : plan(call, sequences, num_sequences, room)) {
         const std::vector<Unit> tiles = tile_units(jobs);
         const std::vector<Unit> rows = row_units(jobs);
         const int64_t num_tiles = int64_t(tiles.size()), num_rows = int64_t(rows.size());

@@ -21,7 +21,7 @@ class GroupWork:
     num_pairs: Ints
     """Sum over those tokens of the tokens that each attends to, itself included."""
     num_before: Ints
-    """Sum over its slices of the tokens that stand before each: KV that is only read."""
+    """Tokens that stand before its last slice: KV that is only read, once for both slices."""
     num_blocks: Ints
     """Blocks that the rank fills."""
     num_seen: Ints
@@ -55,12 +55,13 @@ def group_work(
     bounds = np.minimum(start + cuts * block_size, end)
     num_tokens = np.diff(bounds, axis=1)
     pairs = num_tokens * bounds[:, :-1] + num_tokens * (num_tokens + 1) // 2
+    begins = np.where(num_tokens > 0, bounds[:, :-1], 0)
     last = np.where(num_tokens > 0, bounds[:, 1:], 0)
     seen = -(-np.maximum(last, last[:, ::-1]) // block_size)
     return GroupWork(
         _folded(num_tokens, num_ranks),
         _folded(pairs, num_ranks),
-        _folded(np.where(num_tokens > 0, bounds[:, :-1], 0), num_ranks),
+        np.maximum(begins, begins[:, ::-1])[:, :num_ranks],
         _folded(np.diff(cuts, axis=1), num_ranks),
         seen[:, :num_ranks],
     )

@@ -6,9 +6,8 @@ generated, or one that holds a long prefix. A prefix that lies spread needs all 
 starts when its ranks are done with older ones, takes at each chunk as long as its slowest rank and
 what the synchronisation costs, and lets other prompts have a step before each chunk, as long as any
 wait on a rank. It delays whoever runs or waits on any of its ranks. All groups are judged at once,
-from the mean share of a rank; what is chosen is judged again from the very slices. A chunk is so
-short that nobody's stream stops for longer than it would beside an instance that computes the
-prompt alone.
+from the mean share of a rank; what is chosen is judged again from the very slices. How long its
+chunks are is the affair of `memserve.scheduler.group_chunks`.
 
 Contract: costs are in the same seconds as those of `cost_policy`, which passes in what it knows of
 every slot; so one instance and a group compare. Knows no tickets and sends nothing.
@@ -22,6 +21,7 @@ import numpy as np
 
 from memserve.parallel.work import GroupWork, group_work
 from memserve.scheduler.cost import StepModel
+from memserve.scheduler.group_chunks import GroupChunks
 from memserve.scheduler.group_cost import GroupModel
 from memserve.scheduler.interface import Prediction, SchedulerConfig
 from memserve.scheduler.loads import Loads
@@ -38,12 +38,6 @@ from memserve.scheduler.outlook import (
     total,
 )
 from memserve.scheduler.policies import Choice, Floats, GroupChoice, Question
-
-CHUNKS = (0.5, 0.625, 0.75, 0.875, 1.0)
-"""Shares of an ordinary step's tokens that a rank's share of a chunk may have."""
-
-HARDLY_LONGER = 1.1
-"""How much longer than an ordinary step a chunk may take."""
 
 FEW = 6
 """Instances of which all groups are looked at."""
@@ -77,6 +71,7 @@ class GroupChooser:
         self._config = config
         self._steps = steps
         self._groups = groups
+        self._chunks = GroupChunks(config, groups)
 
     def required(self, question: Question, loads: Loads) -> bool:
         """Whether the prompt and its answer fit no instance alone, but perhaps a group."""
@@ -125,35 +120,8 @@ class GroupChooser:
         )
 
     def chunk_tokens(self, cached: Floats, num_tokens: int, sizes: Slots) -> Slots:
-        """New tokens of each rank in a step, for groups of these sizes.
-
-        The most of `CHUNKS` with which a step takes hardly longer than a full one of a single instance,
-        both at the prompt's end; or else the fewest. What ranks wait for at every layer, however little
-        they compute, is left out: it would not become less.
-        """
-        costs, size = self._steps.costs, self._config.block_size
-        full = float(self._config.max_num_batched_tokens)
-        alone = np.minimum(full, num_tokens - cached)
-        longest = costs.step + costs.rows(alone) + costs.prefill_read * (num_tokens - alone)
-        longest = longest + costs.prefill_pair * alone * (num_tokens - alone / 2)
-        each = np.maximum(size, np.array(CHUNKS) * full // size * size)[:, None]
-        _, rows = self._cut(num_tokens - cached, sizes, each)
-        together = np.minimum(rows * sizes, num_tokens - cached)
-        share = (
-            costs.step + costs.rows(rows) + costs.prefill_pair * rows * (num_tokens - together / 2)
-        )
-        share = share + costs.prefill_read * (2 * num_tokens - together - rows / 2)
-        short = self._groups.seconds(share, sizes.astype(float), 0.0) <= HARDLY_LONGER * longest
-        best = len(CHUNKS) - 1 - np.argmax(short[::-1], axis=0)
-        chosen: Slots = each[np.where(short.any(axis=0), best, 0), 0].astype(np.int64)
-        return chosen
-
-    def _cut(self, new: Floats, sizes: Slots, chunk: Floats | Slots) -> tuple[Floats, Floats]:
-        """Chunks of so many new tokens, and rows of each rank in one."""
-        size = self._config.block_size
-        num_blocks = np.ceil(new / size)
-        num_chunks = np.ceil(num_blocks / np.maximum(1, sizes * chunk // size))
-        return num_chunks, np.ceil(num_blocks / num_chunks / sizes) * size
+        """New tokens of each rank in a step, for groups of these sizes where nobody else is about."""
+        return self._chunks.tokens(self._steps.costs, cached, num_tokens, sizes)
 
     def seconds(self, work: GroupWork, speed: Floats, beside: Floats) -> float:
         """The time of a group's chunks, at these ranks' speeds, beside what they decode."""
@@ -211,7 +179,8 @@ class GroupChooser:
 
     def _burden(self, num_tokens: int, cached: float, sizes: Slots, outlook: Outlook) -> Floats:
         """What each slot would add to the cost of a group of each size, [sizes, slots]."""
-        _, num_chunks, share = self._shares(np.full(len(sizes), cached), num_tokens, sizes)
+        held, streams = np.full(len(sizes), cached), float(outlook.there.mean()) * sizes
+        _, num_chunks, share = self._shares(held, num_tokens, sizes, streams, outlook.arrivals)
         fixed = self._steps.costs.step
         seconds = num_chunks * self._groups.seconds(share, sizes.astype(float), fixed)
         burden = outlook.wait + outlook.cold + outlook.waking + seconds[:, None] * outlook.speed
@@ -253,17 +222,19 @@ class GroupChooser:
         )
 
     def _shares(
-        self, cached: Floats, num_tokens: int, sizes: Slots
+        self,
+        cached: Floats,
+        num_tokens: int,
+        sizes: Slots,
+        streams: Floats,
+        arrivals: float,
     ) -> tuple[Slots, Floats, Floats]:
         """Tokens of each rank in a chunk, chunks, and the mean seconds of a rank's share of one."""
-        new, costs = num_tokens - cached, self._steps.costs
-        chunk = self.chunk_tokens(cached, num_tokens, sizes)
-        num_chunks, rows = self._cut(new, sizes, chunk)
-        pairs = (new * cached + new * (new + 1) / 2) / sizes / num_chunks
-        # Each rank's two slices stand, in the mean, behind half of the new tokens.
-        before = 2.0 * cached + new
-        share = costs.step + costs.rows(rows) + costs.prefill_pair * pairs
-        return chunk, num_chunks, share + costs.prefill_read * before
+        costs = self._steps.costs
+        chunk = self._chunks.tokens(
+            costs, cached, num_tokens, sizes, streams=streams, arrivals=arrivals
+        )
+        return chunk, *self._chunks.shares(costs, cached, num_tokens, sizes, chunk)
 
     def _judged(
         self,
@@ -279,7 +250,10 @@ class GroupChooser:
     ) -> _Candidates:
         """The costs of groups that find so much cached."""
         num_tokens, sizes = len(question.ask.prompt), groups.sum(axis=1)
-        chunk, num_chunks, share = self._shares(reach, num_tokens, sizes)
+        streams = total(outlook.there, groups)
+        chunk, num_chunks, share = self._shares(
+            reach, num_tokens, sizes, streams, outlook.arrivals
+        )
         speed = most(outlook.speed, groups) * self._pace(loads, outlook, groups)
         beside = most(outlook.beside, groups)
         fixed = self._steps.costs.step

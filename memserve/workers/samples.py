@@ -8,7 +8,7 @@ from collections.abc import Sequence as Items
 from typing import TypeVar
 
 from memserve.messages import CopySample, StepSample
-from memserve.workers.sequence import Slice
+from memserve.workers.sequence import Sequence, Slice
 
 T = TypeVar("T")
 
@@ -43,13 +43,14 @@ def step_sample(
     slices: Items[Slice], seconds: float, *, num_ranks: int = 1, after_idling: bool = False
 ) -> StepSample:
     """What a step computed that took so long; to be called before its results are recorded."""
-    num_prefill = prefill_pairs = context = num_decodes = decode_pairs = 0
+    num_prefill = prefill_pairs = num_decodes = decode_pairs = 0
+    context: dict[Sequence, int] = {}  # read once for all slices of a sequence
     for part in slices:
         count, known = part.num_tokens, part.start
         if part.sequence.prefilling:
             num_prefill += count
             prefill_pairs += count * known + count * (count + 1) // 2
-            context += known
+            context[part.sequence] = known
         else:
             num_decodes += 1
             decode_pairs += known + 1
@@ -60,6 +61,6 @@ def step_sample(
         decode_pairs,
         seconds,
         num_ranks=num_ranks,
-        num_prefill_context=context,
+        num_prefill_context=sum(context.values()),
         after_idling=after_idling,
     )

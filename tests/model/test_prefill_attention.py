@@ -1,6 +1,7 @@
 """The kernel for long chunks against attention written out plainly in float32."""
 
 import ctypes
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -224,6 +225,40 @@ def test_contexts_larger_than_the_scratch_memory_take_turns(kernels: Kernels) ->
     for dtype in DTYPES:
         case = build([(1500, 20), (10, 30)], dtype=dtype, kv_heads=4, group=1, head_dim=256)
         assert_near(prefill(case, kernels), case.want)
+
+
+def sliced(case: Case, spans: list[tuple[int, int]]) -> Case:
+    """Slices of the one sequence that a case computes from its first token on, all in its arena."""
+    counts = torch.tensor([0] + [end - start for start, end in spans])
+    rows = torch.cat([torch.arange(start, end) for start, end in spans])
+    step = dataclasses.replace(
+        case.step,
+        token_ids=torch.zeros(len(rows), dtype=torch.int64),
+        positions=rows,
+        query_start=counts.cumsum(0).int(),
+        kv_len=torch.tensor([end for _, end in spans], dtype=torch.int32),
+        block_table=case.step.block_table.repeat(len(spans), 1),
+    )
+    return Case(step, case.arena, case.query[rows], case.want[rows], case.scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize(
+    "spans",
+    [
+        [(0, 16), (48, 64)],
+        [(100, 131), (131, 170), (400, 431)],
+        [(5, 300), (290, 299), (0, 17)],
+        [(590, 600), (591, 600)],
+    ],
+)
+def test_slices_of_one_sequence_see_their_own_parts_of_its_context(
+    kernels: Kernels, threads: int, dtype: str, window: int | None, spans: list[tuple[int, int]]
+) -> None:
+    assert threads
+    case = sliced(build([(0, 600)], dtype=dtype, window=window), spans)
+    assert_near(prefill(case, kernels, window), case.want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

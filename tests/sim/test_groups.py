@@ -1,9 +1,12 @@
 """Prompts that several simulated instances prefill together."""
 
+import math
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memserve.scheduler import group_chunks
 from memserve.sim.cluster import SimulatedCluster
 from tests.sim.clusters import chat, problems, profile, scheduler_config, setting, single
 from tests.sim.test_cluster import mix
@@ -67,7 +70,11 @@ def test_a_second_turn_uses_what_the_first_left_on_its_leader() -> None:
     assert second.num_cached_tokens >= 640
 
 
-def test_a_rank_without_room_dissolves_the_group_and_the_prompt_is_computed_alone() -> None:
+def test_a_rank_without_room_dissolves_the_group_and_the_prompt_is_computed_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Else it would not be worth a group's while to compute beside a stream here.
+    monkeypatch.setattr(group_chunks, "ABOUT", math.inf)
     first, second = single(0.0, 1, 800, 200), single(0.5, 2, 800, 5)
     cluster = run("2M", [first, second], kv_cache_tokens=1024)
     assert len(cluster.outcomes.requests) == 2
