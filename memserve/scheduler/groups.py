@@ -251,9 +251,7 @@ class GroupChooser:
         """The costs of groups that find so much cached."""
         num_tokens, sizes = len(question.ask.prompt), groups.sum(axis=1)
         streams = total(outlook.there, groups)
-        chunk, num_chunks, share = self._shares(
-            reach, num_tokens, sizes, streams, outlook.arrivals
-        )
+        chunk, num_chunks, share = self._shares(reach, num_tokens, sizes, streams, outlook.arrivals)
         speed = most(outlook.speed, groups) * self._pace(loads, outlook, groups)
         beside = most(outlook.beside, groups)
         fixed = self._steps.costs.step

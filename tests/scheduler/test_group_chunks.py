@@ -34,9 +34,7 @@ def chosen(made: StepCosts, sync: float, length: int, num_ranks: int, **about: f
 
 def steps(made: StepCosts, length: int, num_ranks: int, chunk: int) -> list[float]:
     """Seconds of each step of the group, without the waits."""
-    work = group_work(
-        0, length, num_ranks=num_ranks, chunk_tokens=chunk, block_size=BLOCK_SIZE
-    )
+    work = group_work(0, length, num_ranks=num_ranks, chunk_tokens=chunk, block_size=BLOCK_SIZE)
     return [
         max(
             made.seconds(StepSample(rows, pairs, 0, 0, 0.0, num_prefill_context=before))

@@ -14,7 +14,7 @@ import pytest
 from memserve.workers.memory import WorkerMemory
 from memserve.workers.runner import StepRunner
 from memserve.workers.sequence import Slice
-from tests.workers.by_hand import HandEngine
+from tests.workers.by_hand import HandEngine, engines
 from tests.workers.groups import FakeLauncher, Request, running
 from tests.workers.rig import OracleRunner
 from tests.workers.test_groups import assert_answered, quiet, text
@@ -173,6 +173,41 @@ def test_who_waits_for_a_rank_that_is_busy_with_an_older_group_goes_on_with_othe
         launcher.finish(older, GROUP)
         assert_answered(first)
         assert_answered(asked)
+
+
+@pytest.mark.parametrize("looks_in_between", [True, False])
+def test_a_rank_whose_word_was_seen_begins_no_other_prompt(looks_in_between: bool) -> None:
+    zero, one = HandEngine(0), HandEngine(1)
+    with engines(zero, one):
+        launcher = FakeLauncher((zero, one))
+        launcher.submit(GROUP, text(1, 60), (0, 1), chunk_tokens=8)
+        zero.step()
+        one.step()
+        launcher.pump()
+        one.step()  # it is ready
+        zero.engine._receive(wait=False)  # and zero has not said so yet
+        one.submit(2, text(2, 9))
+        one.engine._receive(wait=False)
+        ordinary = one.engine._batcher.schedule
+        entered: list[bool] = []
+
+        def schedule(*, prefill: bool) -> list[Slice]:
+            slices = ordinary(prefill=prefill)
+            if looks_in_between:
+                entered.append(bool(zero.engine._turns.schedule(zero.engine._batcher)))
+            return slices
+
+        one.engine._batcher.schedule = schedule  # type: ignore[assignment]
+        slices = one.engine._turns.schedule(one.engine._batcher)
+        if not looks_in_between:
+            entered.append(bool(zero.engine._turns.schedule(zero.engine._batcher)))
+        assert entered == [looks_in_between]
+        assert {part.sequence.ticket for part in slices} == {GROUP if looks_in_between else 2}
+        for engine in (zero, one):
+            engine.abort(GROUP)
+        one.engine._batcher.schedule = ordinary  # type: ignore[method-assign]
+        one.finish(2)
+        assert one.answers(text(2, 9), 2)
 
 
 def test_groups_and_prompts_at_random_all_get_their_answers_and_leave_nothing() -> None:
