@@ -179,7 +179,8 @@ class GroupChooser:
 
     def _burden(self, num_tokens: int, cached: float, sizes: Slots, outlook: Outlook) -> Floats:
         """What each slot would add to the cost of a group of each size, [sizes, slots]."""
-        held, streams = np.full(len(sizes), cached), float(outlook.there.mean()) * sizes
+        held = np.full(len(sizes), cached)
+        streams: Floats = float(outlook.there.mean()) * sizes.astype(np.float64)
         _, num_chunks, share = self._shares(held, num_tokens, sizes, streams, outlook.arrivals)
         fixed = self._steps.costs.step
         seconds = num_chunks * self._groups.seconds(share, sizes.astype(float), fixed)

@@ -8,7 +8,7 @@ import pytest
 from memserve.messages import StepSample
 from memserve.parallel.split import chunks, slices
 from memserve.pool.refs import BlockRef
-from memserve.scheduler.cost import StepCosts, StepModel, num_pairs
+from memserve.scheduler.cost import StepModel, num_pairs
 from memserve.scheduler.group_cost import GroupModel
 from memserve.scheduler.groups import GroupChooser
 from memserve.scheduler.interface import Ask, Role, SchedulerConfig
