@@ -119,12 +119,14 @@ class ServeConfig:
     )
     slo_ttft: float | None = _flag(None, "Objective: milliseconds to the first token.")
     slo_tpot: float | None = _flag(
-        None, "Objective: mean milliseconds per token after the first, in every answer."
+        None,
+        "Objective: mean milliseconds per token after the first, in every answer. Prompts are computed "
+        "in chunks that leave running answers this pace.",
     )
     slo_admission: str = _flag(
         "none",
-        "Whom --slo-ttft turns away: nobody; or, while prompts queue, with 503 whoever would miss it "
-        "for the queue alone, so that the others keep it.",
+        "Whom the objectives turn away: nobody; or, with 503, whoever would miss --slo-ttft for the "
+        "queue alone or make every batch too large for --slo-tpot, so that the others keep them.",
         choices=("none", "reject"),
     )
     handover_timeout: float = _flag(

@@ -136,8 +136,8 @@ def check_ranges(config: ServeConfig) -> None:
         limit = getattr(config, name)
         if limit is not None and not 0 < limit < math.inf:
             raise UsageError(f"--{name.replace('_', '-')} must be a number of milliseconds")
-    if config.slo_admission == "reject" and config.slo_ttft is None:
-        raise UsageError("--slo-admission reject needs the objective: give --slo-ttft")
+    if config.slo_admission == "reject" and config.slo_ttft is None and config.slo_tpot is None:
+        raise UsageError("--slo-admission reject needs objectives: give --slo-ttft or --slo-tpot")
     if not 0 < config.gpu_memory_utilization <= 1:
         raise UsageError("--gpu-memory-utilization must be above 0 and at most 1")
     if config.max_num_batched_tokens < config.max_num_seqs:

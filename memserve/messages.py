@@ -124,6 +124,8 @@ class Submit(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """Whether the instance's cache is looked up and fed (the paper's PD-Caching, Table 4)."""
     order: float = 0.0
     """Waiting prompts start in this order, then by ticket: fairness and priority in one number."""
+    chunk_tokens: int | None = None
+    """Most prompt tokens of a step that computes it beside sequences that decode; None: no bound."""
     first_fetched_block: int = 0
     fetch: list[BlockRef] = []
     """Blocks of the prompt, from number `first_fetched_block` on, to copy from where they are

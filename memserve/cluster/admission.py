@@ -12,6 +12,7 @@ from memserve.cluster.capacity import Capacity
 from memserve.cluster.pace import MAX_S, MIN_S, Pace
 from memserve.errors import InvalidRequest, Overloaded
 from memserve.generation import Generation
+from memserve.scheduler.interface import Late
 
 
 @final
@@ -49,14 +50,19 @@ class Admission:
             retry_after=self._pace.wait(len(self._inside)),
         )
 
-    def check_objective(self, late: float | None) -> None:
-        """Raise `Overloaded` for who would miss the TTFT objective by `late` seconds; None: no-one."""
-        if late is not None:
-            raise Overloaded(
-                "the first token would come too late: too many prompts are queued; try again later",
-                code="slo_ttft",
-                retry_after=min(max(late, MIN_S), MAX_S),
-            )
+    def check_objective(self, late: Late | None) -> None:
+        """Raise `Overloaded` for who would break an objective; None: no-one."""
+        if late is None:
+            return
+        if late.objective == "slo_ttft":
+            problem = "the first token would come too late: too many prompts are queued"
+        else:
+            problem = "tokens would come too slowly: too many requests run"
+        raise Overloaded(
+            f"{problem}; try again later",
+            code=late.objective,
+            retry_after=min(max(late.seconds, MIN_S), MAX_S),
+        )
 
     def enter(self, generation: Generation) -> None:
         """Count a request."""

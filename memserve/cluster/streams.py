@@ -341,6 +341,7 @@ def submission(stream: Stream) -> Submit:
         cache_salt=generation.cache_salt,
         reuse=placement.reuse_prefill,
         order=placement.order,
+        chunk_tokens=placement.chunk_tokens,
         first_fetched_block=fetch.first_block if fetch else 0,
         fetch=fetch.refs if fetch else [],
         outputs=stream.answer,

@@ -34,7 +34,7 @@ LATENCY_BUCKETS = (
 
 
 REJECTIONS = (
-    "num_requests", "num_tokens", "slo_ttft", "body_bytes", "no_worker", "shutting_down",
+    "num_requests", "num_tokens", "slo_ttft", "slo_tpot", "body_bytes", "no_worker", "shutting_down",
 )  # fmt: skip
 """Codes of `Overloaded`, the errors with which requests are turned away."""
 

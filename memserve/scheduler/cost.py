@@ -124,13 +124,13 @@ class StepCosts:
         return seconds
 
     def prefill(
-        self, num_tokens: Floats, pairs: Floats, read: Floats, chunk: int
+        self, num_tokens: Floats, pairs: Floats, read: Floats, chunk: Floats | int
     ) -> tuple[Floats, Floats]:
         """Seconds and steps to prefill these tokens alone, in chunks of `chunk`; see `num_read`."""
         num_full = num_tokens // chunk
         rest = num_tokens - num_full * chunk
         steps = num_full + (rest > 0)
-        full_rows = float(self.rows(np.array(float(chunk))))
+        full_rows = self.rows(np.asarray(chunk, dtype=np.float64))
         seconds = self.step * steps + full_rows * num_full + self.rows(rest)
         seconds = seconds + self.prefill_pair * pairs + self.prefill_read * read
         return seconds, steps

@@ -15,16 +15,17 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from memserve.scheduler.chunks import LEAST_TOKENS
 from memserve.scheduler.cost import CopyModel, StepModel
 from memserve.scheduler.groups import GroupChooser
-from memserve.scheduler.interface import Ask, FetchPolicy, Prediction, SchedulerConfig
+from memserve.scheduler.interface import Ask, Prediction, SchedulerConfig
 from memserve.scheduler.layout_model import Split, stall
 from memserve.scheduler.lengths import OutputLengths
 from memserve.scheduler.loads import Loads
 from memserve.scheduler.objectives import missed
 from memserve.scheduler.outlook import Outlook
 from memserve.scheduler.policies import Choice, Floats, Question
-from memserve.scheduler.spread import SpreadPrefix
+from memserve.scheduler.prefilling import computing
 from memserve.scheduler.waiting import State, behind, for_room, state_of, until_groups_end
 
 WORK_PRICE = 0.1
@@ -80,11 +81,11 @@ class LeastDelay:
         length = self._lengths.remaining(0, question.ask.max_tokens)
         if self._config.elastic_roles:
             self.follow(loads, question.now)
-        state = self._state(loads, question.now)
+        state = self._state(question, loads)
         prefill = self._prefill(question, loads, state)
         decode = self._decode(question.ask, length, loads, state)
         prefills = self.takes_prompts(loads)
-        decodes = rows["serves" if self._elastic else "decodes"]
+        decodes = self.takes_answers(loads)
         if not np.count_nonzero(prefills) or not np.count_nonzero(decodes):
             raise LookupError("no instance serves this role")
 
@@ -158,9 +159,20 @@ class LeastDelay:
             later_steps=self._later_steps(loads),
         )
 
+    def chunk(self, question: Question, loads: Loads, slot: int) -> int | None:
+        """Most tokens of a prompt in a step there beside sequences that decode; None: no such bound."""
+        if self._config.slo_tpot is None:
+            return None
+        return int(self._state(question, loads).chunk[slot])
+
     def takes_prompts(self, loads: Loads) -> NDArray[np.bool_]:
         """Where prompts may be sent."""
         takes: NDArray[np.bool_] = loads.rows["serves" if self._elastic else "prefills"]
+        return takes
+
+    def takes_answers(self, loads: Loads) -> NDArray[np.bool_]:
+        """Where answers may be generated."""
+        takes: NDArray[np.bool_] = loads.rows["serves" if self._elastic else "decodes"]
         return takes
 
     def _choice(
@@ -181,32 +193,18 @@ class LeastDelay:
             return None
         return best
 
-    def _state(self, loads: Loads, now: float) -> State:
-        return state_of(loads, self._steps, self._config.max_num_batched_tokens, now)
+    def _state(self, question: Question, loads: Loads) -> State:
+        num_tokens, config = len(question.ask.prompt), self._config
+        return state_of(loads, self._steps, config, num_tokens, question.now)
 
     # Prefill
 
     def _prefill(self, question: Question, loads: Loads, state: State) -> _Prefill:
         rows, costs, speed = loads.rows, self._steps.costs, state.speed
-        num_tokens, cached = len(question.ask.prompt), question.cached
-        chunk = max(1, self._config.max_num_batched_tokens)
-        own, num_steps = costs.prefill(*_new(num_tokens, cached, chunk), chunk)
-        own = own * speed + self._swap_in(question, rows["block_bytes"])
-        longest, holders = _longest_elsewhere(question.held)
-        if question.spread is not None:
-            longest = np.maximum(longest, self._spread(question.spread, loads))
-        fetched = np.maximum(0.0, longest - cached)
-        if self._config.fetch_policy != "never" and np.count_nonzero(fetched):
-            copying = self._copies.seconds(fetched / self._config.block_size * rows["block_bytes"])
-            rest, rest_steps = costs.prefill(*_new(num_tokens, cached + fetched, chunk), chunk)
-            with_fetch = rest * speed + copying
-            fetching = (fetched > 0) & wanted(self._config.fetch_policy, with_fetch, own)
-            own = np.where(fetching, with_fetch, own)
-            num_steps = np.where(fetching, rest_steps, num_steps)
-            fetched = np.where(fetching, fetched, 0.0)
-        else:
-            fetched = np.zeros(len(rows))
-
+        found = computing(
+            question, loads, self._config, costs, self._copies, speed, state.chunk
+        )
+        own, num_steps = found.seconds, found.num_steps
         own = own + costs.waking * speed * state.idle
         ttft = self._wait(loads, state, question.now) + own + num_steps * state.beside
         if state.any_group:
@@ -224,12 +222,7 @@ class LeastDelay:
         harm = harm + own * (work_price + arrivals * ttft)
         if (slo := self._config.slo_ttft) is not None:
             harm = harm + missed(ttft, slo)
-        return _Prefill(own, ttft, harm, fetched, holders)
-
-    def _spread(self, spread: SpreadPrefix, loads: Loads) -> Floats:
-        """What each slot may fetch of a prefix from all who hold a part; not who is one of them."""
-        owners = np.isin(loads.rows["instance"], list(spread.instances))
-        return np.where(owners, 0.0, len(spread.refs) * self._config.block_size)
+        return _Prefill(own, ttft, harm, found.num_fetched, found.holders)
 
     def _prices(self, loads: Loads, state: State) -> tuple[float, float]:
         """What a second of computing costs those still to come: this, and this times the TTFT."""
@@ -273,34 +266,46 @@ class LeastDelay:
         )
         return self._split.known
 
-    def wait(self, loads: Loads, now: float) -> Floats:
+    def wait(self, question: Question, loads: Loads) -> Floats:
         """Seconds until a prompt that is sent now would begin to be computed."""
-        return self._wait(loads, self._state(loads, now), now)
+        return self._wait(loads, self._state(question, loads), question.now)
+
+    def pace(self, question: Question, loads: Loads) -> tuple[Floats, Floats, Floats]:
+        """Seconds between its tokens on each slot: with nobody there, and beside those it would meet.
+
+        And until half of what those will still generate is there.
+        """
+        ask, rows, state = question.ask, loads.rows, self._state(question, loads)
+        costs, more = self._steps.costs, float(ask.num_choices)
+        length = len(ask.prompt) + self._lengths.remaining(0, ask.max_tokens) / 2
+        own = np.full(len(rows), more * length)
+        alone = costs.decoding(np.full(len(rows), more), own) * state.speed
+        batch = rows["num_decoding"] + rows["num_incoming"] + more
+        # More than may run at once wait; contexts grow.
+        share = np.minimum(1.0, self._config.max_num_seqs / batch)
+        context = (rows["context"] + rows["remaining"] / 2 + own) * share
+        beside = costs.decoding(batch * share, context) * state.speed
+        # Prompts go on in the shortest chunks.
+        beside = beside + state.pressure * LEAST_TOKENS * state.token
+        return alone, beside, state.rest / 2 * beside
 
     def first_token(self, question: Question, loads: Loads, ahead: Floats) -> tuple[Floats, Floats]:
         """Seconds to a prompt's first token on each slot: with nobody there, and behind these.
 
         `ahead` is the queue before it, as `Loads.ahead` tells it.
         """
-        state = self._state(loads, question.now)
+        state = self._state(question, loads)
         prefill = self._prefill(question, loads, state)
-        computing = prefill.ttft - self._wait(loads, state, question.now)
-        chunk = max(1, self._config.max_num_batched_tokens)
-        queue, queue_steps = self._steps.costs.prefill(ahead[1], ahead[2], ahead[3], chunk)
+        own = prefill.ttft - self._wait(loads, state, question.now)
+        costs = self._steps.costs
+        queue, queue_steps = costs.prefill(ahead[1], ahead[2], ahead[3], state.chunk)
         before = dataclasses.replace(state, queue=queue * state.speed, queue_steps=queue_steps)
         wait = behind(ahead[0], loads, before, question.now)
         room = for_room(question.ask, ahead[0], self._config.max_num_seqs, loads, state)
-        return prefill.own, np.maximum(wait, room) + computing
+        return prefill.own, np.maximum(wait, room) + own
 
     def _wait(self, loads: Loads, state: State, now: float) -> Floats:
         return behind(loads.rows["num_queued"] - loads.rows["num_groups"], loads, state, now)
-
-    def _swap_in(self, question: Question, block_bytes: Floats) -> Floats:
-        """Seconds until the cached part that lies in slower memory is there."""
-        if not np.count_nonzero(question.slow):
-            return question.slow
-        slow = np.minimum(question.slow, question.cached) / self._config.block_size
-        return self._copies.seconds(slow * block_bytes)
 
     # Decode
 
@@ -361,32 +366,6 @@ class LeastDelay:
         share = contention / self._steps.slowdown(loads.num_busy)
         lost = running * share * length * float(decode.step.min(initial=0.0))
         return np.where(state.idle, lost, 0.0)
-
-
-def wanted(policy: FetchPolicy, with_fetch: Floats, without: Floats) -> NDArray[np.bool_]:
-    """Eq. 2: whether fetching pays."""
-    if policy == "always":
-        return np.ones(len(without), dtype=np.bool_)
-    return with_fetch <= without
-
-
-def _new(num_tokens: int, cached: Floats, chunk: int) -> tuple[Floats, Floats, Floats]:
-    """Tokens to compute, the pairs that they attend to, and what stands before their chunks."""
-    new = num_tokens - cached
-    steps = np.ceil(new / chunk)
-    read = steps * (cached + (steps - 1.0) * (chunk / 2))
-    return new, new * (cached + (new + 1) / 2), read
-
-
-def _longest_elsewhere(held: Floats) -> tuple[Floats, tuple[int, int]]:
-    """For each slot the most that another slot holds: who holds the most, and for that one who."""
-    best = int(held.argmax())
-    others = held.copy()
-    others[best] = -1.0
-    second = int(others.argmax())
-    longest = np.full(len(held), held[best])
-    longest[best] = others[second]
-    return longest, (best, second)
 
 
 def _two(values: Floats) -> tuple[int, int]:

@@ -83,6 +83,16 @@ class Prediction:
     """The prefill's own computing time, without the wait before it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Late:
+    """Why a request is turned away."""
+
+    objective: Literal["slo_ttft", "slo_tpot"]
+    """The one that it would break."""
+    seconds: float
+    """After which another try may find less in its way."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
     """Where a request runs; equal instances mean that nothing is handed over."""
@@ -98,6 +108,8 @@ class Placement:
     reuse_decode: bool = True
     order: float = 0.0
     """Waiting prompts of an instance start in this order."""
+    chunk_tokens: int | None = None
+    """Most prompt tokens of a step that computes it beside sequences that decode; None: no bound."""
     prediction: Prediction | None = None
     group: GroupPlan | None = None
     """Set if several instances prefill it; `prefill` is the leader."""
@@ -123,4 +135,4 @@ class SchedulerConfig:
     dram_in_place: bool = True
     """Whether blocks in DRAM can be attended to where they lie: not those of int8."""
     slo_admission: SloAdmission = "none"
-    """Whether who would miss `slo_ttft` for the queue is turned away."""
+    """Whether who would miss `slo_ttft` for the queue, or `slo_tpot` for the batch, is turned away."""

@@ -1,8 +1,9 @@
 """How long answers will be: an online histogram of those that have ended.
 
-An answer that was cut at its `max_tokens` only tells that it would have been longer (Kaplan and Meier's
-estimate of survival). So where clients force lengths, as benchmarks do, answers are expected to
-reach their limits; where limits are generous, to end like those before.
+An answer that was cut at its `max_tokens`, or that still runs, only tells that it would have been or
+will be longer (Kaplan and Meier's estimate of survival). So where clients force lengths, as benchmarks
+do, answers are expected to reach their limits; where limits are generous, to end like those before;
+and long answers are expected as soon as some have become long, not when the first of them have ended.
 """
 
 from bisect import bisect_right
@@ -14,6 +15,8 @@ NUM_BUCKETS = 64
 FORGET = 0.999
 PRIOR_LENGTH = 128
 PRIOR_WEIGHT = 1.0
+LONGEST = 1 << 62
+"""No answer has so many tokens."""
 
 
 class OutputLengths:
@@ -25,6 +28,7 @@ class OutputLengths:
         self._ended = np.zeros(len(edges))
         self._sums = np.zeros(len(edges))  # of the lengths of those that ended
         self._cut = np.zeros(len(edges))
+        self._running = np.zeros(len(edges))  # by the last bucket that each has left behind
         self._note(PRIOR_LENGTH, PRIOR_WEIGHT)
 
     def add(self, num_tokens: int, *, cut: bool = False) -> None:
@@ -38,12 +42,30 @@ class OutputLengths:
             else:
                 self._note(num_tokens, 1.0)
 
+    def reached(self, num_tokens: int) -> int:
+        """An answer that runs has come to another bucket; where the one after it starts.
+
+        To be told with the first token, and then whenever an answer is as long as was said.
+        """
+        bucket = self._bucket(num_tokens)
+        if bucket > 0:
+            self._running[bucket - 1] += 1.0
+        if bucket > 1:
+            self._running[bucket - 2] -= 1.0
+        return self._starts[bucket + 1] if bucket + 1 < len(self._starts) else LONGEST
+
+    def left(self, num_tokens: int) -> None:
+        """An answer of so many tokens does not run any more, whatever became of it."""
+        if num_tokens > 0 and (bucket := self._bucket(num_tokens)):
+            self._running[bucket - 1] -= 1.0
+
     def remaining(self, num_so_far: int, max_tokens: int) -> float:
         """Tokens still to come, at least 1: the mean of longer answers, each cut at `max_tokens`."""
         first = bisect_right(self._starts, num_so_far)
         at_risk = 0.0  # answers in this bucket and in longer ones
         mean = min(2.0 * num_so_far, max_tokens)  # of answers that reach the bucket
-        ended, sums, cut = self._ended.tolist(), self._sums.tolist(), self._cut.tolist()
+        ended, sums = self._ended.tolist(), self._sums.tolist()
+        cut = (self._cut + self._running).tolist()
         for i in range(len(self._starts) - 1, first - 1, -1):
             if not ended[i] and not cut[i]:
                 continue

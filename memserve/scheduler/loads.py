@@ -88,6 +88,8 @@ class Ticket:
     """Chunks in which a group computes it; 0: none does."""
     group_seconds: float = 0.0
     num_tokens: int = 0
+    next_length: int = 1
+    """When it is as long as that, `OutputLengths` is told."""
     first_token_at: float = 0.0
 
 
@@ -246,6 +248,8 @@ class Loads:
     def token(self, ticket: Ticket, lengths: OutputLengths) -> None:
         """One more token of the answer has come."""
         ticket.num_tokens += 1
+        if ticket.num_tokens >= ticket.next_length:
+            ticket.next_length = lengths.reached(ticket.num_tokens)
         longer = 0.0
         if ticket.num_tokens >= ticket.expected_end:
             rest = lengths.remaining(ticket.num_tokens, ticket.max_tokens)

@@ -22,8 +22,8 @@ from memserve.scheduler.group_cost import GroupModel
 from memserve.scheduler.groups import GroupChooser
 from memserve.scheduler.interface import (
     Ask,
-    Fetch,
     GroupPlan,
+    Late,
     Placement,
     Role,
     SchedulerConfig,
@@ -31,7 +31,8 @@ from memserve.scheduler.interface import (
 from memserve.scheduler.lengths import OutputLengths
 from memserve.scheduler.loads import Loads, Ticket
 from memserve.scheduler.planner import RolePlanner
-from memserve.scheduler.policies import Choice, GroupChoice, Question, make_policy
+from memserve.scheduler.plans import fetch_plan, group_plan
+from memserve.scheduler.policies import Question, make_policy
 from memserve.scheduler.spread import SpreadPrompts
 
 WARM_UP = 50
@@ -56,8 +57,8 @@ class Scheduler:
         self._chooser = GroupChooser(config, self.steps, self.groups)
         self._delays = LeastDelay(config, self.steps, self.copies, self._lengths, self._chooser)
         self._early: EarlyRejection | None = None
-        if config.slo_admission == "reject" and config.slo_ttft is not None:
-            self._early = EarlyRejection(self._delays, config.slo_ttft)
+        if config.slo_admission == "reject":
+            self._early = EarlyRejection(self._delays, config.slo_ttft, config.slo_tpot)
         self._planner = RolePlanner()
         self._policy = make_policy(
             config.routing_policy, self._delays, config.block_size * TOKEN_BYTES
@@ -106,8 +107,8 @@ class Scheduler:
 
     # Requests
 
-    def too_late(self, ask: Ask, now: float) -> float | None:
-        """Seconds by which a new request would miss the TTFT objective, if it is to be turned away.
+    def too_late(self, ask: Ask, now: float) -> Late | None:
+        """Which objective a new request would break, if it is to be turned away.
 
         None: let it in (`early_rejection` has the rule). Not to be asked for work that was accepted.
         """
@@ -136,10 +137,10 @@ class Scheduler:
         reuse = self._config.context_caching
         colocated = choice.prefill == choice.decode
         cached = choice.group.num_cached if choice.group else int(question.cached[choice.prefill])
-        fetch = self._fetch(ask, question, choice, cached)
-        num_fetched = len(fetch.refs) * self._config.block_size if fetch else 0
-        if fetch:
-            num_fetched -= cached - fetch.first_block * self._config.block_size
+        loads, tree, size = self._loads, self._tree, self._config.block_size
+        fetch = fetch_plan(question, choice, loads, tree, num_cached=cached, block_size=size)
+        num_fetched = (len(fetch.refs) + fetch.first_block) * size - cached if fetch else 0
+        group = group_plan(question, choice.group, loads, tree, size) if choice.group else None
         return Placement(
             prefill=int(instances[choice.prefill]),
             decode=int(instances[choice.decode]),
@@ -150,7 +151,8 @@ class Scheduler:
             reuse_decode=reuse in ("2", "3") or (colocated and reuse != "off"),
             order=self._fair.order(flow, ask.priority),
             prediction=choice.prediction,
-            group=self._group_plan(question, choice.group) if choice.group else None,
+            chunk_tokens=self._delays.chunk(question, self._loads, choice.prefill),
+            group=group,
         )
 
     def dispatched(
@@ -236,6 +238,7 @@ class Scheduler:
         if found is None:
             return
         self._loads.ended(found, now)
+        self._lengths.left(found.num_tokens)
         if found.placement.reuse_prefill:
             self._tree.unexpect(found.placement.prefill, found.packed, found.salt)
         if not found.first_token_at:
@@ -348,20 +351,6 @@ class Scheduler:
             spread=spread,
         )
 
-    def _group_plan(self, question: Question, group: GroupChoice) -> GroupPlan:
-        instances = self._loads.rows["instance"]
-        if group.holder is None:
-            assert question.spread is not None
-            cached = question.spread.refs
-        else:
-            holder = int(instances[group.holder])
-            cached = self._tree.locate(holder, question.packed, question.ask.salt)
-        return GroupPlan(
-            instances=[int(instances[slot]) for slot in group.ranks],
-            chunk_tokens=group.chunk_tokens,
-            cached=cached[: group.num_cached // self._config.block_size],
-        )
-
     def _num_shared_blocks(self, group: GroupPlan, ticket: Ticket) -> int:
         """What its ranks read of each other, by the plan."""
         num_ranks, size = len(group.instances), self._config.block_size
@@ -369,19 +358,6 @@ class Scheduler:
         work = self._chooser.work(num_cached, ticket.num_prompt_tokens, num_ranks, chunk)
         owners = [ref.instance for ref in group.cached]
         return work.remote_blocks(np.array([owners.count(one) for one in group.instances]))
-
-    def _fetch(self, ask: Ask, question: Question, choice: Choice, cached: int) -> Fetch | None:
-        if choice.source is None or not choice.num_fetched:
-            return None
-        size = self._config.block_size
-        first = cached // size
-        instances, spread = self._loads.rows["instance"], question.spread
-        num_blocks = (len(ask.prompt) - 1) // size
-        refs = self._tree.locate(int(instances[choice.source]), question.packed, ask.salt)
-        if spread is not None and instances[choice.prefill] not in spread.instances:
-            refs = max(refs, spread.refs, key=len)
-        refs = refs[first:num_blocks]
-        return Fetch(refs[0].instance, first, refs) if refs else None
 
     def _prefill_seconds(
         self, num_new: int, num_before: int, group: GroupPlan | None

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from memserve.scheduler.chunks import chunk_tokens, token_seconds
 from memserve.scheduler.cost import StepModel
-from memserve.scheduler.interface import Ask
+from memserve.scheduler.interface import Ask, SchedulerConfig
 from memserve.scheduler.layout_model import expected_pressure
 from memserve.scheduler.loads import Loads
 from memserve.scheduler.policies import Floats
@@ -26,6 +27,10 @@ class State:
 
     speed: Floats
     """How much longer everything takes there than by the model."""
+    chunk: Floats
+    """Prompt tokens in a step beside those that decode."""
+    token: Floats
+    """What each of these takes; 0 without an objective that depends on it."""
     idle: NDArray[np.bool_]
     batch: Floats
     step: Floats
@@ -54,21 +59,38 @@ class State:
         return seconds
 
 
-def state_of(loads: Loads, steps: StepModel, chunk: int, now: float) -> State:
-    """The load as it is; prompts are computed in chunks of so many tokens."""
+def state_of(
+    loads: Loads, steps: StepModel, config: SchedulerConfig, num_tokens: int, now: float
+) -> State:
+    """The load as it is, to one who comes with a prompt of `num_tokens`."""
     rows, costs = loads.rows, steps.costs
     batch = rows["num_decoding"]
     idle = rows["num_queued"] + batch == 0
     speed = rows["scale"] * steps.slowdown(len(rows) - int(np.count_nonzero(idle)))
     sequences = np.maximum(batch + rows["num_incoming"], 1.0)
     context = rows["context"] * batch / sequences
+    fading = loads.fading(now)
+    pressure = expected_pressure(loads, fading)
+    chunk, token = np.full(len(rows), float(config.max_num_batched_tokens)), np.zeros(len(rows))
+    if (slo := config.slo_tpot) is not None:
+        there = batch + np.minimum(rows["num_incoming"], rows["num_queued"])
+        length = rows["context"] / sequences
+        decoding = costs.decoding(there, length * there) * speed
+        alone = costs.decoding(np.ones(len(rows)), length) * speed
+        most = config.max_num_batched_tokens
+        token = token_seconds(costs, there, most, num_tokens) * speed
+        soon = (rows["queued_tokens"] + num_tokens) * token
+        soon = soon / np.maximum(soon, decoding * rows["remaining"] / sequences)
+        share = np.maximum(soon, pressure / loads.memory(now))
+        chunk = chunk_tokens(most, slo, alone, decoding, token, share)
     queue, queue_steps = costs.prefill(
         rows["queued_tokens"], rows["queued_pairs"], rows["queued_read"], chunk
     )
-    fading = loads.fading(now)
     beside = costs.beside(batch, context) * speed
     return State(
         speed=speed,
+        chunk=chunk,
+        token=token,
         idle=idle,
         batch=batch,
         step=costs.decoding(batch, context) * speed,
@@ -77,7 +99,7 @@ def state_of(loads: Loads, steps: StepModel, chunk: int, now: float) -> State:
         queue=queue * speed,
         queue_steps=queue_steps,
         fading=fading,
-        pressure=expected_pressure(loads, fading),
+        pressure=pressure,
         any_group=bool(np.count_nonzero(rows["num_groups"])),
         group=rows["group_seconds"] * speed + rows["group_steps"] * beside,
         group_steps=rows["group_steps"],

@@ -8,6 +8,7 @@ it; who can't grow takes from the youngest.
 
 from bisect import insort
 from collections.abc import Callable
+from itertools import chain
 from operator import attrgetter
 
 from memserve.pool.index import TOKEN_BYTES
@@ -99,7 +100,7 @@ class Batcher:
         slices = [(sequence, 1) for sequence in grown if sequence.num_blocks]
         if not prefill:
             return slices
-        budget = self._max_num_batched_tokens - len(slices)
+        budget = self._prompt_budget(len(slices))
         for sequence in self.running:
             if budget > 0 and sequence.num_pending > 1:
                 slices.append((sequence, min(sequence.num_pending, budget)))
@@ -115,6 +116,15 @@ class Batcher:
                 slices.append((sequence, min(sequence.num_pending, budget)))
                 budget -= slices[-1][1]
         return slices
+
+    def _prompt_budget(self, num_decodes: int) -> int:
+        """Prompt tokens of a step beside so many sequences that decode: the next prompt says it."""
+        budget = self._max_num_batched_tokens - num_decodes
+        prompts = (one for one in chain(self.running, self.waiting) if one.num_pending > 1)
+        first = next(prompts, None)
+        if first is None or first.chunk_tokens is None or not num_decodes:
+            return budget
+        return min(budget, first.chunk_tokens)
 
     def reserve_steps(self, num_steps: int) -> int:
         """Let everything that decodes grow by up to that many tokens at once; how many it is.

@@ -267,6 +267,7 @@ class SimulatedCluster:
             salt="",
             order=stream.placement.order,
             reuse=reuse,
+            chunk_tokens=stream.placement.chunk_tokens,
         )
 
     def _submit(self, instance: SimulatedInstance, work: Sequence, placement: Placement) -> None:

@@ -22,6 +22,8 @@ class Sequence:
     order: float
     reuse: bool
     decode_on: int | None = None
+    chunk_tokens: int | None = None
+    """Most prompt tokens of a step that computes it beside sequences that decode."""
     num_outputs: int = 0
     num_computed: int = 0
     num_cached_tokens: int = 0

@@ -1,7 +1,7 @@
 """Which tokens the next step computes: one scheduler without phases.
 
 A step takes the newest token of every decoding sequence and, with what is left of its token budget,
-chunks of prompts. A prompt is admitted when the pool has room for all of it, in the order that came
+chunks of prompts; beside sequences that decode, no more than the next prompt came with. A prompt is admitted when the pool has room for all of it, in the order that came
 with it, then by ticket; a sequence that can't grow takes blocks from the youngest claim, which
 computes again later what it lost (mostly a cache hit). A prompt whose history lies in DRAM, with
 another instance or in files gets all its room at once and runs when the history is there
@@ -16,6 +16,7 @@ from array import array
 from bisect import insort
 from collections.abc import Callable
 from enum import Enum, auto
+from itertools import chain
 from operator import attrgetter
 
 import numpy as np
@@ -161,12 +162,11 @@ class Batcher:
 
         Without `prefill` only decoding sequences get their token.
         """
-        budget = self._max_num_batched_tokens
         decoding = [sequence for sequence in self.running if sequence.num_pending == 1]
         grown = [Slice(sequence, 1) for sequence in decoding if self._grow(sequence)]
         # One that has grown may have been preempted since, for the sake of an older one.
         slices = [part for part in grown if part.sequence.blocks]
-        budget = budget - len(slices) if prefill else 0
+        budget = self._prompt_budget(len(slices)) if prefill else 0
         for sequence in self.running:
             if budget > 0 and sequence.num_pending > 1:
                 slices.append(Slice(sequence, min(sequence.num_pending, budget)))
@@ -183,6 +183,15 @@ class Batcher:
                 slices.append(Slice(sequence, min(sequence.num_pending, budget)))
                 budget -= slices[-1].num_tokens
         return slices
+
+    def _prompt_budget(self, num_decodes: int) -> int:
+        """Prompt tokens of a step beside so many sequences that decode: the next prompt says it."""
+        budget = self._max_num_batched_tokens - num_decodes
+        prompts = (one for one in chain(self.running, self.waiting) if one.num_pending > 1)
+        first = next(prompts, None)
+        if first is None or first.chunk_tokens is None or not num_decodes:
+            return budget
+        return min(budget, first.chunk_tokens)
 
     def _grow(self, sequence: Sequence) -> bool:
         """Make room for one more token; False when the sequence must sit this step out."""

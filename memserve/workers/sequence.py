@@ -46,6 +46,8 @@ class Sequence:
     """Instance that will decode it, once the prompt is computed; None: this one."""
     order: float = 0.0
     """Waiting sequences start in this order, then by ticket."""
+    chunk_tokens: int | None = None
+    """As in `Submit`."""
     first_fetched_block: int = 0
     fetch: list[BlockRef] = field(default_factory=list)
     """Blocks from that number on that other instances hold; empty once they were asked for."""
@@ -124,6 +126,7 @@ def submitted(message: Submit) -> Sequence:
         reuse=message.reuse,
         decode_on=message.decode_on,
         order=message.order,
+        chunk_tokens=message.chunk_tokens,
         first_fetched_block=message.first_fetched_block,
         fetch=message.fetch,
     )

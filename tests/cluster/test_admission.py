@@ -7,6 +7,7 @@ from memserve.cluster.admission import Admission
 from memserve.cluster.capacity import Capacity
 from memserve.errors import InvalidRequest, Overloaded
 from memserve.generation import Generation
+from memserve.scheduler.interface import Late
 from memserve.messages import SamplingParams
 
 MAX_SEQUENCE = 500
@@ -87,7 +88,11 @@ def test_what_no_worker_can_hold_is_a_mistake_even_when_the_server_is_full() -> 
 def test_who_would_miss_the_objective_is_told_when_to_come_back() -> None:
     admission = Admission(4, 1000)
     admission.check_objective(None)
-    for late, told in ((0.01, 1.0), (7.5, 7.5), (1e6, 60.0)):
+    for late, told in (
+        (Late("slo_ttft", 0.01), 1.0),
+        (Late("slo_tpot", 7.5), 7.5),
+        (Late("slo_ttft", 1e6), 60.0),
+    ):
         with pytest.raises(Overloaded) as refusal:
             admission.check_objective(late)
-        assert (refusal.value.code, refusal.value.retry_after) == ("slo_ttft", told)
+        assert (refusal.value.code, refusal.value.retry_after) == (late.objective, told)

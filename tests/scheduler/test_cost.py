@@ -169,3 +169,50 @@ def test_each_answer_is_cut_at_the_limit_not_their_mean() -> None:
         lengths.add(1000)
     # Half of the answers would end at 10, half at the limit.
     assert lengths.remaining(0, 100) == pytest.approx(55, rel=0.05)
+
+
+def grow(lengths: OutputLengths, first: int, last: int, told: int) -> int:
+    """An answer gets its tokens; when it is to be told of again."""
+    for num_tokens in range(first, last + 1):
+        if num_tokens >= told:
+            told = lengths.reached(num_tokens)
+    return told
+
+
+def test_answers_that_run_show_how_long_answers_become_before_any_has_ended() -> None:
+    lengths = OutputLengths()
+    assert lengths.remaining(0, 512) == pytest.approx(128, rel=0.05)  # as long as nothing is known
+    expected = []
+    told = [1] * 10
+    for first, last in ((1, 50), (51, 150), (151, 300), (301, 500)):
+        told = [grow(lengths, first, last, one) for one in told]
+        expected.append(lengths.remaining(0, 512))
+    assert expected == sorted(expected)
+    assert expected[1] > 150
+    assert expected[-1] > 450
+    for _ in told:
+        lengths.left(500)
+        lengths.add(500)
+    assert lengths.remaining(0, 512) == pytest.approx(475, rel=0.1)
+
+
+def test_answers_that_have_just_begun_say_nothing_of_long_ones() -> None:
+    lengths = OutputLengths()
+    for _ in range(50):
+        lengths.add(400)
+    before = lengths.remaining(0, 1000)
+    for _ in range(50):
+        grow(lengths, 1, 30, 1)
+    assert lengths.remaining(0, 1000) == pytest.approx(before)
+
+
+@given(st.lists(st.integers(0, 5000), max_size=20))
+def test_of_answers_that_have_gone_nothing_is_left(reached: list[int]) -> None:
+    lengths = OutputLengths()
+    lengths.add(700)
+    before = [lengths.remaining(num, 2000) for num in (0, 100, 1500)]
+    for num in reached:
+        grow(lengths, 1, num, 1)
+    for num in reached:
+        lengths.left(num)
+    assert [lengths.remaining(num, 2000) for num in (0, 100, 1500)] == before

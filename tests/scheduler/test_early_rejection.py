@@ -1,7 +1,8 @@
-"""Whom a TTFT objective turns away: nobody who would keep it, nobody while there is no queue."""
+"""Whom objectives turn away: nobody who would keep them, nobody while there is no queue, no batch."""
 
 import dataclasses
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -63,9 +64,10 @@ def test_the_first_to_be_turned_away_would_miss_clearly_and_is_told_by_how_much(
     num = fill(made)
     late = made.too_late(ask(5000), 0.0)
     assert late is not None
+    assert late.objective == "slo_ttft"
     predicted = made.place(ask(5000), 0.0).prediction
     assert predicted is not None
-    assert predicted.ttft == pytest.approx(SLO + late)
+    assert predicted.ttft == pytest.approx(SLO + late.seconds)
     assert predicted.ttft > MARGIN * SLO
     assert num > 4
 
@@ -157,3 +159,99 @@ def test_who_is_predicted_to_keep_the_objective_is_never_turned_away(
         assert prediction is not None
         if prediction.ttft <= SLO or 0 in queues:
             assert made.too_late(asked, 0.0) is None
+
+
+TPOT = 0.06
+
+
+def crowd(num_instances: int, *, slo_tpot: float = TPOT, slo_ttft: float | None = None) -> Scheduler:
+    """A scheduler that looks after the pace of answers."""
+    made = objective(num_instances)
+    config = dataclasses.replace(made._config, slo_ttft=slo_ttft, slo_tpot=slo_tpot)
+    again = Scheduler(config)
+    for number in range(num_instances):
+        again.join(number, MIXED, num_blocks=[100_000], block_bytes=368_640, epoch=1)
+    again.steps.costs = made.steps.costs
+    return again
+
+
+def stream(made: Scheduler, ticket: int, instance: int) -> None:
+    """One more answer is generated there."""
+    asked = Ask(prompt=prompt(ticket, 300), max_tokens=500)
+    placement = Placement(prefill=instance, decode=instance, num_cached_tokens=0)
+    made.dispatched(ticket, 0, asked, placement, 0.0)
+    made.first_token(ticket, 0.1)
+
+
+def fill_batches(made: Scheduler, num_instances: int) -> list[int]:
+    """Add streams, to each instance in turn, until a newcomer is turned away; how many each has."""
+    counts = [0] * num_instances
+    for ticket in range(64 * num_instances):
+        late = made.too_late(ask(5000), 100.0)
+        if late is not None:
+            assert late.objective == "slo_tpot"
+            assert late.seconds > 0
+            return counts
+        stream(made, ticket, ticket % num_instances)
+        counts[ticket % num_instances] += 1
+    raise AssertionError("nobody was turned away")
+
+
+def test_who_would_make_the_batch_too_large_for_its_pace_is_turned_away() -> None:
+    made = crowd(1)
+    (num,) = fill_batches(made, 1)
+    costs, context = made.steps.costs, 300 + 64.0
+    steps = [
+        float(costs.decoding(np.array(float(n)), np.array(n * context))) for n in (num - 8, num + 8)
+    ]
+    assert steps[0] < TPOT < steps[1]
+    made.ended(0, 100.0)
+    assert made.too_late(ask(5000), 100.0) is None
+
+
+def test_room_in_one_batch_lets_in() -> None:
+    made = crowd(2)
+    counts = fill_batches(made, 2)
+    assert min(counts) > 8
+    made.ended(1, 100.0)
+    made.ended(3, 100.0)
+    assert made.too_late(ask(5000), 100.0) is None
+
+
+def test_an_idle_server_takes_what_can_never_keep_its_pace() -> None:
+    made = crowd(1, slo_tpot=0.001)
+    assert made.too_late(ask(1, length=50_000), 0.0) is None
+    stream(made, 1, 0)
+    late = made.too_late(ask(2), 1.0)
+    # Nobody could: a second stream adds a tenth to the step, which is no crowd.
+    assert late is None
+    for ticket in range(2, 30):
+        stream(made, ticket, 0)
+    assert made.too_late(ask(2), 1.0) is not None
+
+
+def test_with_both_objectives_each_turns_away_for_its_own_reason() -> None:
+    made = crowd(1, slo_ttft=SLO)
+    queue(made, 1000, 100)
+    late = made.too_late(ask(5000), 0.0)
+    assert late is not None
+    assert late.objective == "slo_ttft"
+    crowded = crowd(1, slo_ttft=SLO)
+    fill_batches(crowded, 1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(0, 60), min_size=1, max_size=3),
+    st.integers(16, 6000),
+    st.floats(0.001, 0.5),
+)
+def test_an_instance_with_nothing_to_do_takes_everybody(
+    batches: list[int], length: int, slo_tpot: float
+) -> None:
+    made = crowd(len(batches), slo_tpot=slo_tpot)
+    for instance, num in enumerate(batches):
+        for ticket in range(num):
+            stream(made, 100 * instance + ticket, instance)
+    if 0 in batches:
+        assert made.too_late(ask(7000, length=length), 1.0) is None

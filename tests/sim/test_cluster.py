@@ -203,8 +203,48 @@ def test_past_saturation_more_keep_the_objective_if_others_are_turned_away(layou
     assert kept["reject"] > 2 * kept["none"]
 
 
+@pytest.mark.parametrize("layout", ["1M", "2M"])
+def test_running_answers_keep_their_pace_beside_prompts_without_end(layout: str) -> None:
+    slo = 0.04
+    figures = {}
+    for objective in (None, slo):
+        config = scheduler_config(
+            routing_policy="cost",
+            max_num_batched_tokens=1024,
+            slo_tpot=objective,
+            elastic_roles=True,
+        )
+        dialogues = [single(number * 0.015, number, 300, 20) for number in range(200)]
+        machine = profile(max_num_batched_tokens=1024, kv_cache_tokens=16_000)
+        cluster = SimulatedCluster(setting(layout, machine, config=config), iter(dialogues))
+        outcomes = cluster.run()
+        assert len(outcomes.requests) == 200  # they wait, and nobody is turned away
+        assert problems(cluster) == []
+        figures[objective] = outcomes.num_kept(None, slo)
+    assert figures[slo] > 180
+    assert figures[None] < 100
+
+
+def test_a_batch_is_kept_as_small_as_its_pace_demands() -> None:
+    slo = 0.018  # a step takes 10 ms, and 1 ms for each that decodes
+    kept, turned_away = {}, {}
+    for admission in ("none", "reject"):
+        config = scheduler_config(routing_policy="cost", slo_tpot=slo, slo_admission=admission)
+        dialogues = [single(number * 0.05, number, 16, 60) for number in range(200)]
+        outcomes = SimulatedCluster(
+            setting("1M", profile(), config=config), iter(dialogues)
+        ).run()
+        kept[admission] = outcomes.num_kept(None, slo)
+        turned_away[admission] = outcomes.num_rejected
+    assert turned_away["none"] == 0
+    assert 0 < turned_away["reject"] < 150
+    assert kept["reject"] > 2 * kept["none"]
+
+
 def test_below_saturation_nobody_is_turned_away() -> None:
-    config = scheduler_config(routing_policy="cost", slo_ttft=0.3, slo_admission="reject")
+    config = scheduler_config(
+        routing_policy="cost", slo_ttft=0.3, slo_tpot=0.05, slo_admission="reject"
+    )
     dialogues = [single(number * 0.2, number, 300, 4) for number in range(100)]
     cluster = SimulatedCluster(setting("1M", profile(), config=config), iter(dialogues))
     assert cluster.run().num_rejected == 0

@@ -140,6 +140,7 @@ class HandEngine:
         fetch: Sequence[BlockRef] = (),
         first: int = 0,
         order: float = 0.0,
+        chunk_tokens: int | None = None,
         reuse: bool = True,
         salt: str = "",
     ) -> None:
@@ -151,6 +152,7 @@ class HandEngine:
                 prompt=pack_tokens(prompt),
                 sampling=SamplingParams(max_tokens=max_tokens, seed=0),
                 order=order,
+                chunk_tokens=chunk_tokens,
                 reuse=reuse,
                 cache_salt=salt,
                 first_fetched_block=first,
