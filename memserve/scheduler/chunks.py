@@ -1,4 +1,4 @@
-"""How many prompt tokens a step may compute beside sequences that decode, so that these keep their pace.
+"""How many prompt tokens a step may compute beside sequences that decode: these keep their pace.
 
 A prompt's chunk holds up everyone who decodes in the same step. With an objective for the time between
 tokens (`--slo-tpot`), chunks are as long as a step leaves room for beside its decoding sequences (the

@@ -201,9 +201,7 @@ class LeastDelay:
 
     def _prefill(self, question: Question, loads: Loads, state: State) -> _Prefill:
         rows, costs, speed = loads.rows, self._steps.costs, state.speed
-        found = computing(
-            question, loads, self._config, costs, self._copies, speed, state.chunk
-        )
+        found = computing(question, loads, self._config, costs, self._copies, speed, state.chunk)
         own, num_steps = found.seconds, found.num_steps
         own = own + costs.waking * speed * state.idle
         ttft = self._wait(loads, state, question.now) + own + num_steps * state.beside

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memserve.scheduler.chunks import chunk_tokens, token_seconds
-from memserve.scheduler.cost import StepModel
+from memserve.scheduler.cost import StepCosts, StepModel
 from memserve.scheduler.interface import Ask, SchedulerConfig
 from memserve.scheduler.layout_model import expected_pressure
 from memserve.scheduler.loads import Loads
@@ -73,16 +73,8 @@ def state_of(
     pressure = expected_pressure(loads, fading)
     chunk, token = np.full(len(rows), float(config.max_num_batched_tokens)), np.zeros(len(rows))
     if (slo := config.slo_tpot) is not None:
-        there = batch + np.minimum(rows["num_incoming"], rows["num_queued"])
-        length = rows["context"] / sequences
-        decoding = costs.decoding(there, length * there) * speed
-        alone = costs.decoding(np.ones(len(rows)), length) * speed
-        most = config.max_num_batched_tokens
-        token = token_seconds(costs, there, most, num_tokens) * speed
-        soon = (rows["queued_tokens"] + num_tokens) * token
-        soon = soon / np.maximum(soon, decoding * rows["remaining"] / sequences)
-        share = np.maximum(soon, pressure / loads.memory(now))
-        chunk = chunk_tokens(most, slo, alone, decoding, token, share)
+        taken = pressure / loads.memory(now)
+        chunk, token = _chunks(rows, costs, config, slo, speed, taken, num_tokens)
     queue, queue_steps = costs.prefill(
         rows["queued_tokens"], rows["queued_pairs"], rows["queued_read"], chunk
     )
@@ -104,6 +96,33 @@ def state_of(
         group=rows["group_seconds"] * speed + rows["group_steps"] * beside,
         group_steps=rows["group_steps"],
     )
+
+
+def _chunks(
+    rows: NDArray[np.void],
+    costs: StepCosts,
+    config: SchedulerConfig,
+    objective: float,
+    speed: Floats,
+    taken: Floats,
+    num_tokens: int,
+) -> tuple[Floats, Floats]:
+    """Prompt tokens in a step that keeps the objective, and the seconds of each.
+
+    Prefills have `taken` this share of the time of late; a prompt of `num_tokens` is to come, and all
+    that are queued for these slots decode by the time it is computed.
+    """
+    sequences = np.maximum(rows["num_decoding"] + rows["num_incoming"], 1.0)
+    there = rows["num_decoding"] + np.minimum(rows["num_incoming"], rows["num_queued"])
+    length, most = rows["context"] / sequences, config.max_num_batched_tokens
+    decoding = costs.decoding(there, length * there) * speed
+    alone = costs.decoding(np.ones(len(rows)), length) * speed
+    token = token_seconds(costs, there, most, num_tokens) * speed
+    # What is queued already takes its part of the time in which the answers there are generated.
+    queued = (rows["queued_tokens"] + num_tokens) * token
+    soon = queued / np.maximum(queued, decoding * rows["remaining"] / sequences)
+    share = np.maximum(soon, taken)
+    return chunk_tokens(most, objective, alone, decoding, token, share), token
 
 
 def behind(queued: Floats, loads: Loads, state: State, now: float) -> Floats:

@@ -1,12 +1,12 @@
 """Which tokens the next step computes: one scheduler without phases.
 
 A step takes the newest token of every decoding sequence and, with what is left of its token budget,
-chunks of prompts; beside sequences that decode, no more than the next prompt came with. A prompt is admitted when the pool has room for all of it, in the order that came
-with it, then by ticket; a sequence that can't grow takes blocks from the youngest claim, which
-computes again later what it lost (mostly a cache hit). A prompt whose history lies in DRAM, with
-another instance or in files gets all its room at once and runs when the history is there
-(`fetching`). A prompt that shares a prefix with one that is being computed or loaded waits for it
-rather than computing the same blocks beside it.
+chunks of prompts: beside sequences that decode, no more than came with the prompt whose turn it is.
+A prompt is admitted when the pool has room for all of it, in the order that came with it, then by
+ticket; a sequence that can't grow takes blocks from the youngest claim, which computes again later what
+it lost (mostly a cache hit). A prompt whose history lies in DRAM, with another instance or in files
+gets all its room at once and runs when the history is there (`fetching`). A prompt that shares a prefix
+with one that is being computed or loaded waits for it rather than computing the same blocks beside it.
 
 Knows blocks and tickets, no tensors and no messages.
 """

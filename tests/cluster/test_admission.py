@@ -7,8 +7,8 @@ from memserve.cluster.admission import Admission
 from memserve.cluster.capacity import Capacity
 from memserve.errors import InvalidRequest, Overloaded
 from memserve.generation import Generation
-from memserve.scheduler.interface import Late
 from memserve.messages import SamplingParams
+from memserve.scheduler.interface import Late
 
 MAX_SEQUENCE = 500
 ROOM = Capacity(num_blocks=MAX_SEQUENCE, block_size=1, chunk_tokens=64, max_ranks=1)

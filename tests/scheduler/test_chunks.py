@@ -19,7 +19,9 @@ ALONE, TOKEN = 0.013, 2e-4
 
 def chunk(decoding: float, prefilling: float, *, alone: float = ALONE) -> float:
     one = np.ones(1)
-    found = chunk_tokens(MOST, OBJECTIVE, alone * one, decoding * one, TOKEN * one, prefilling * one)
+    found = chunk_tokens(
+        MOST, OBJECTIVE, alone * one, decoding * one, TOKEN * one, prefilling * one
+    )
     return float(found[0])
 
 

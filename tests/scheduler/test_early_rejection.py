@@ -164,7 +164,9 @@ def test_who_is_predicted_to_keep_the_objective_is_never_turned_away(
 TPOT = 0.06
 
 
-def crowd(num_instances: int, *, slo_tpot: float = TPOT, slo_ttft: float | None = None) -> Scheduler:
+def crowd(
+    num_instances: int, *, slo_tpot: float = TPOT, slo_ttft: float | None = None
+) -> Scheduler:
     """A scheduler that looks after the pace of answers."""
     made = objective(num_instances)
     config = dataclasses.replace(made._config, slo_ttft=slo_ttft, slo_tpot=slo_tpot)

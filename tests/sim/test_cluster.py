@@ -231,9 +231,7 @@ def test_a_batch_is_kept_as_small_as_its_pace_demands() -> None:
     for admission in ("none", "reject"):
         config = scheduler_config(routing_policy="cost", slo_tpot=slo, slo_admission=admission)
         dialogues = [single(number * 0.05, number, 16, 60) for number in range(200)]
-        outcomes = SimulatedCluster(
-            setting("1M", profile(), config=config), iter(dialogues)
-        ).run()
+        outcomes = SimulatedCluster(setting("1M", profile(), config=config), iter(dialogues)).run()
         kept[admission] = outcomes.num_kept(None, slo)
         turned_away[admission] = outcomes.num_rejected
     assert turned_away["none"] == 0
