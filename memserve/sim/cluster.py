@@ -24,6 +24,7 @@ from memserve.sim.instance import SimulatedInstance
 from memserve.sim.launcher import Launcher
 from memserve.sim.outcome import Outcome, Outcomes
 from memserve.sim.sequence import Sequence
+from memserve.sim.stream import Stream
 
 REPLAN_S = 1.0
 
@@ -44,24 +45,6 @@ class Setting:
     """Requests that the clients send at once; those beyond wait unseen."""
     max_tokens: int | None = None
     """What clients say their answers may have; None: exactly what they will have."""
-
-
-@dataclass(slots=True)
-class _Stream:
-    """One request on its way."""
-
-    ticket: int
-    request: Request
-    dialogue: Dialogue
-    packed: bytes
-    prefill: SimulatedInstance
-    decode: SimulatedInstance
-    placement: Placement
-    owner: SimulatedInstance
-    outcome: Outcome
-    num_tokens: int = 0
-    may_share: bool = True
-    group: SimulatedGroup | None = None
 
 
 class SimulatedCluster:
@@ -87,7 +70,7 @@ class SimulatedCluster:
         ]
         self._setting = setting
         self._dialogues = dialogues
-        self._streams: dict[int, _Stream] = {}
+        self._streams: dict[int, Stream] = {}
         self._num_tickets = 0
         self._num_open = 0  # dialogues that have begun and not ended
         self._exhausted = False
@@ -188,7 +171,7 @@ class SimulatedCluster:
         packed.extend(request.output)
         prefill = self.instances[placement.prefill]
         decode = self.instances[placement.decode]
-        self._streams[ticket] = stream = _Stream(
+        self._streams[ticket] = stream = Stream(
             ticket,
             request,
             dialogue,
@@ -210,7 +193,7 @@ class SimulatedCluster:
         else:
             self._form(stream, work, placement.group)
 
-    def _form(self, stream: _Stream, work: Sequence, plan: GroupPlan) -> None:
+    def _form(self, stream: Stream, work: Sequence, plan: GroupPlan) -> None:
         """Let several instances prefill a prompt together."""
         size, owners = self._setting.scheduler.block_size, [ref.instance for ref in plan.cached]
         stream.group = group = SimulatedGroup(
@@ -258,7 +241,7 @@ class SimulatedCluster:
         needed = -(-(len(request.prompt) + len(request.output)) // size)
         return needed <= min(instance.num_blocks[0] for instance in self.instances)
 
-    def _sequence(self, stream: _Stream, *, reuse: bool) -> Sequence:
+    def _sequence(self, stream: Stream, *, reuse: bool) -> Sequence:
         return Sequence(
             ticket=stream.ticket,
             packed=stream.packed,
@@ -302,7 +285,7 @@ class SimulatedCluster:
         if last:
             self._finish(stream, time)
 
-    def _finish(self, stream: _Stream, time: float) -> None:
+    def _finish(self, stream: Stream, time: float) -> None:
         del self._streams[stream.ticket]
         stream.outcome.end = time
         stream.outcome.prefilled_on = stream.prefill.number
@@ -357,7 +340,7 @@ class SimulatedCluster:
             decode.deliver(lambda: decode.arrivals.abort(ticket))
             self._decode_where_prefilled(stream)
 
-    def _decode_where_prefilled(self, stream: _Stream) -> None:
+    def _decode_where_prefilled(self, stream: Stream) -> None:
         stream.decode = stream.prefill
         self.scheduler.decodes_at(stream.ticket, stream.prefill.number, self.clock.now)
 
