@@ -211,6 +211,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     group_timeout: float = 5.0
     """Seconds without a sign of life after which another rank of a group is given up."""
     enforce_eager: bool = False
+    tokenizer: str = ""
+    """Path of the model's `tokenizer.json`; empty: no answer can be held to a grammar."""
     num_threads: int
     rank_cores: tuple[tuple[int, ...], ...] = ()
     """Cores of each process of an instance that has several; the memory above is one's."""

@@ -79,6 +79,7 @@ def plan_instances(config: ServeConfig, prepared: PreparedModel) -> list[Instanc
     shares = share_cores(config, usable_cores(), len(roles))
     engine = EngineConfig(
         weights=prepared.weights,
+        tokenizer=str(prepared.tokenizer_file),
         eos_token_ids=prepared.eos_token_ids,
         device=devices[0].name,
         dtype=choose_dtype(config, gpus),

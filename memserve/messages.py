@@ -61,6 +61,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     ignore_eos: bool = False
     logprobs: int | None = None
     """Number of top log-probabilities to return beside the sampled token's; None: none at all."""
+    grammar: str = ""
+    """What the answer must match (`memserve.grammar`); empty: nothing."""
 
 
 class Prefilled(msgspec.Struct, frozen=True, array_like=True):

@@ -24,6 +24,7 @@ from prometheus_client.registry import Collector
 from memserve import __version__
 from memserve.frontend.admin import ADMIN_ROUTES
 from memserve.frontend.bodies import Bodies
+from memserve.frontend.checking import run_checker
 from memserve.frontend.collectors import (
     GroupCollector,
     InstanceCollector,
@@ -125,6 +126,7 @@ def create_app(
     app[CONNECTIONS] = Connections(limit=settings.max_connections, timeout=settings.client_timeout)
     app.cleanup_ctx.append(watch_connections)
     app.cleanup_ctx.append(run_encoders)
+    app.cleanup_ctx.append(run_checker)
     app.on_response_prepare.append(send_request_id)
     app[DESCRIPTION] = msgspec.json.encode(
         describe(ROUTES, version=__version__, with_keys=bool(settings.api_keys))

@@ -80,8 +80,8 @@ class Hearing:
                 self._streams.declined(instance, ticket)
             case Withdrawn(ticket):
                 self._streams.withdrawn(instance, ticket)
-            case Rejected(ticket, reason):
-                self._streams.rejected(ticket, reason)
+            case Rejected():
+                self._streams.rejected(message)
             case Heartbeat():
                 self._knowledge.beat(instance, message)
             case IndexEvents():

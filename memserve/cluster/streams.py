@@ -12,12 +12,13 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from http import HTTPStatus
 
 from memserve.cluster.groups import Groups
 from memserve.cluster.instance import Instance
-from memserve.errors import RequestError, RequestFailed
+from memserve.errors import InvalidRequest, RequestError, RequestFailed
 from memserve.generation import ChoiceToken, Generation
-from memserve.messages import Abort, Expect, Published, Settle, Submit, TokenEvent
+from memserve.messages import Abort, Expect, Published, Rejected, Settle, Submit, TokenEvent
 from memserve.parallel.messages import LeftGroup
 from memserve.scheduler.interface import Ask, Placement
 from memserve.scheduler.scheduler import Scheduler
@@ -277,11 +278,13 @@ class Streams:
         stream.decode.send(Abort(ticket))
         self._decode_where_prefilled(stream)
 
-    def rejected(self, ticket: int, reason: str) -> None:
-        """The instance can't run it."""
-        stream = self._streams.get(ticket)
+    def rejected(self, message: Rejected) -> None:
+        """The instance can't run it, or not any further."""
+        stream = self._streams.get(message.ticket)
         if stream is not None:
-            self.fail(stream, RequestFailed(reason))
+            by_request = message.status == HTTPStatus.BAD_REQUEST
+            error = InvalidRequest if by_request else RequestFailed
+            self.fail(stream, error(message.message))
 
     def gathered(self, ticket: int) -> None:
         """A group's leader needs the other ranks no more."""

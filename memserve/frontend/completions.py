@@ -16,6 +16,7 @@ import msgspec
 from aiohttp import web
 
 from memserve.errors import Overloaded, RequestError, RequestFailed
+from memserve.frontend.checking import CHECKER
 from memserve.frontend.middleware import caller, log_failure, request_id
 from memserve.frontend.service import FRONTEND, json_response, run_sized
 from memserve.frontend.streaming import open_answers
@@ -111,9 +112,12 @@ async def _plan(request: web.Request, make_plan: PlanMaker) -> Plan:
     """Read and check a request; its body is forgotten when this returns."""
     frontend = request.app[FRONTEND]
     async with frontend.bodies.receive(request) as body:
-        return await run_sized(
+        plan = await run_sized(
             request.app, len(body), make_plan, body, frontend.model, caller(request)
         )
+        if plan.form is not None:
+            await request.app[CHECKER].check(plan.form)
+        return plan
 
 
 def _time_limit(plan: Plan, most: float | None) -> float | None:

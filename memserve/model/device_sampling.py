@@ -2,12 +2,13 @@
 
 The same rules and the same random numbers as `memserve.model.sampling`, so the same token for the
 same logits; sums and exponentials may round another way, which matters only where a number falls on
-a border to the last digit. Rows with penalties, biases or log-probabilities are rare and go to the
-host, those rows alone.
+a border to the last digit. What grammars take comes from the host, one byte a token. Rows with
+penalties, biases or log-probabilities are rare and go to the host, those rows alone.
 """
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from memserve.model.sampling import (
@@ -34,10 +35,11 @@ def sample_on_device(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[Sa
             on_host.append(index)
         elif not is_plain_greedy(row):
             drawn.append(index)
-    tokens = logits.argmax(-1)
+    taken = _taken_by_grammars(logits, rows)
+    tokens = taken.argmax(-1)
     if drawn:
         chosen = _to_device(drawn, torch.int64, logits.device)
-        tokens[chosen] = draw(logits[chosen], [rows[index] for index in drawn])
+        tokens[chosen] = draw(taken[chosen], [rows[index] for index in drawn])
     sampled = [Sampled(token) for token in tokens.tolist()]
     if on_host:
         chosen = _to_device(on_host, torch.int64, logits.device)
@@ -84,6 +86,19 @@ def draw(logits: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
     # Rounded up to the whole mass: the last token of any weight.
     last = vocab_size - 1 - (weights > 0).flip(-1).int().argmax(-1, keepdim=True)
     return torch.minimum(index, last).squeeze(-1)
+
+
+def _taken_by_grammars(logits: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
+    """The logits, or a copy of them where tokens that a row's grammar does not take have -inf."""
+    allowed = {index: row.allowed for index, row in enumerate(rows) if row.allowed is not None}
+    if not allowed:
+        return logits
+    refused = torch.from_numpy(~np.stack([*allowed.values()]))
+    if logits.device.type == "cuda":
+        refused = refused.pin_memory()
+    chosen = _to_device([*allowed], torch.int64, logits.device)
+    refused = refused.to(logits.device, non_blocking=True)
+    return logits.index_copy(0, chosen, logits[chosen].masked_fill(refused, -torch.inf))
 
 
 def _nucleus_border(weights: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:

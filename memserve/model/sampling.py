@@ -5,8 +5,8 @@ same token whatever else is in the batch. Its randomness is one uniform number p
 from (seed, choice, position); there is no generator and no state.
 
 Order of operations, as in vLLM: log-probabilities of the untouched logits; logit_bias, min_tokens,
-penalties; temperature; min_p; top_k; top_p. Tokens that tie at a cut stay together, and the draw
-runs over what is kept in order of token id, so that no sorting order can change an outcome.
+penalties; the grammar; temperature; min_p; top_k; top_p. Tokens that tie at a cut stay together, and
+the draw runs over what is kept in order of token id, so that no sorting order can change an outcome.
 """
 
 from collections.abc import Collection, Sequence
@@ -39,6 +39,8 @@ class SampleRow:
     output: Sequence[int]
     eos_token_ids: Collection[int] = ()
     """Not drawn before `min_tokens`; the request's own stop ids aren't either."""
+    allowed: NDArray[np.bool_] | None = None
+    """[vocab_size]: the tokens that its grammar takes next, one at least; None: all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,8 @@ class Sampled:
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
     """(token id, log-probability), the likeliest first."""
+    failure: str = ""
+    """Why there is no token (a grammar that can't be followed); empty: there is one."""
 
 
 def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
@@ -63,7 +67,7 @@ def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
     on_host: Floats | None = None
     drawn: list[Sampled] = []
     for index, row in enumerate(rows):
-        if is_plain_greedy(row):
+        if row.allowed is None and is_plain_greedy(row):
             if greedy is None:
                 greedy = logits.argmax(-1).tolist()
             drawn.append(Sampled(greedy[index]))
@@ -90,7 +94,7 @@ def _mixed(value: int) -> int:
 
 
 def is_plain_greedy(row: SampleRow) -> bool:
-    """Whether the likeliest token of the untouched logits is all that is wanted."""
+    """Whether the likeliest of the tokens that may come is all that is wanted."""
     return (
         row.sampling.temperature < GREEDY_BELOW
         and row.sampling.logprobs is None
@@ -99,7 +103,7 @@ def is_plain_greedy(row: SampleRow) -> bool:
 
 
 def is_shaped(row: SampleRow) -> bool:
-    """Whether anything changes the logits before the temperature does."""
+    """Whether anything but a grammar changes the logits before the temperature does."""
     params = row.sampling
     return (
         bool(params.logit_bias)
@@ -111,7 +115,7 @@ def is_shaped(row: SampleRow) -> bool:
 
 
 def _sample_row(raw: Floats, row: SampleRow) -> Sampled:
-    shaped = _shape(raw, row) if is_shaped(row) else raw
+    shaped = _shape(raw, row) if is_shaped(row) or row.allowed is not None else raw
     greedy = row.sampling.temperature < GREEDY_BELOW
     token = int(shaped.argmax()) if greedy else _draw(shaped, row)
     if row.sampling.logprobs is None:
@@ -120,13 +124,13 @@ def _sample_row(raw: Floats, row: SampleRow) -> Sampled:
 
 
 def _shape(raw: Floats, row: SampleRow) -> Floats:
-    """A copy of the logits with bias, min_tokens and penalties applied."""
+    """A copy of the logits with bias, min_tokens, penalties and what the grammar takes applied."""
     params = row.sampling
     logits = raw.copy()
     if params.logit_bias:
         ids = np.fromiter(params.logit_bias.keys(), np.int64)
         logits[ids] += np.fromiter(params.logit_bias.values(), np.float32)
-    if row.position < params.min_tokens:
+    if row.position < params.min_tokens and not _must_end(row):
         logits[[*row.eos_token_ids, *params.stop_token_ids]] = -np.inf
     if params.repetition_penalty != 1.0:
         seen = np.unique(np.concatenate([_ids(row.prompt), _ids(row.output)]))
@@ -136,7 +140,18 @@ def _shape(raw: Floats, row: SampleRow) -> Floats:
         seen, counts = np.unique(_ids(row.output), return_counts=True)
         penalties = params.frequency_penalty * counts + params.presence_penalty
         logits[seen] -= penalties.astype(np.float32)
+    if row.allowed is not None:
+        logits[~row.allowed] = -np.inf
     return logits
+
+
+def _must_end(row: SampleRow) -> bool:
+    """Whether the grammar takes nothing but tokens that end the answer."""
+    if row.allowed is None:
+        return False
+    others = row.allowed.copy()
+    others[[*row.eos_token_ids, *row.sampling.stop_token_ids]] = False
+    return not others.any()
 
 
 def _ids(tokens: Sequence[int]) -> NDArray[np.int64]:

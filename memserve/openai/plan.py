@@ -17,6 +17,7 @@ from memserve.errors import InvalidRequest, NotFound
 from memserve.generation import Generation
 from memserve.openai import validation
 from memserve.openai.conversation import render_conversation
+from memserve.openai.forms import AnswerForm, asked_form
 from memserve.openai.memo import ChatMemo, Conversation
 from memserve.openai.requests import (
     ChatRequest,
@@ -107,6 +108,8 @@ class Plan:
     """Seconds that the client gives the answer; None: any."""
     conversation: Conversation | None
     """Where the answers of a chat are remembered; None: nowhere."""
+    form: AnswerForm | None
+    """What the answers must match, still to be checked; None: nothing."""
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -214,6 +217,7 @@ def _plan(
     seed = validation.requested_seed(request)
     priority = validation.priority(request)
     request_id = _request_id(request.request_id, caller.request_id)
+    form = asked_form(request)
     generations = []
     for prompt in prompts:
         number = next(model.numbers)
@@ -230,6 +234,7 @@ def _plan(
             seed=model.base_seed + number if seed is None else seed,
             logprobs=logprobs,
             vocab_size=model.vocab_size,
+            grammar="" if form is None else form.grammar,
         )
         generations.append(
             Generation(
@@ -266,6 +271,7 @@ def _plan(
         return_token_ids=bool(request.return_token_ids),
         timeout=validation.time_limit(request),
         conversation=conversation,
+        form=form,
     )
 
 

@@ -22,10 +22,35 @@ class StreamOptions(msgspec.Struct, kw_only=True):
     continuous_usage_stats: bool | None = None
 
 
+class JsonSchemaFormat(msgspec.Struct, kw_only=True):
+    """A JSON schema by OpenAI's way to ask for one."""
+
+    name: str | None = None
+    schema: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
 class ResponseFormat(msgspec.Struct, kw_only=True):
     """The form that the answer is asked to have."""
 
     type: str
+    json_schema: JsonSchemaFormat | None = None
+
+
+class StructuredOutputs(msgspec.Struct, kw_only=True):
+    """The form that the answer is asked to have, by vLLM's way; one of the first five."""
+
+    json: str | dict[str, Any] | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool | None = None
+    whitespace_pattern: str | None = None
+
+    # Known to vLLM's users and not done here.
+    structural_tag: Any = None
+    disable_additional_properties: bool | None = None
 
 
 class CommonFields(msgspec.Struct, kw_only=True):
@@ -61,13 +86,13 @@ class CommonFields(msgspec.Struct, kw_only=True):
     """Seconds after which nobody wants the answer any more."""
     return_token_ids: bool | None = None
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     user: str | None = None
 
     # Known to vLLM's users and not done here: refused, so that nobody takes them for granted.
     prompt_logprobs: int | None = None
     bad_words: list[str] | None = None
     allowed_token_ids: list[int] | None = None
-    structured_outputs: dict[str, Any] | None = None
     guided_json: Any = None
     guided_regex: Any = None
     guided_choice: Any = None

@@ -28,7 +28,13 @@ def not_supported(field: str, *, why: str = "") -> InvalidRequest:
 
 
 def sampling_params(
-    request: CommonFields, *, max_tokens: int, seed: int, logprobs: int | None, vocab_size: int
+    request: CommonFields,
+    *,
+    max_tokens: int,
+    seed: int,
+    logprobs: int | None,
+    vocab_size: int,
+    grammar: str = "",
 ) -> SamplingParams:
     """How to sample the tokens that `request` asks for.
 
@@ -63,6 +69,7 @@ def sampling_params(
         min_tokens=min_tokens,
         ignore_eos=bool(request.ignore_eos),
         logprobs=logprobs,
+        grammar=grammar,
     )
 
 
@@ -70,22 +77,22 @@ def refuse_what_we_lack(request: CommonFields) -> None:
     """Raise `InvalidRequest` for a field that would change the answer and that we don't do."""
     if request.best_of is not None and request.best_of != (request.n or 1):
         raise not_supported("best_of", why="only the value of `n` is accepted")
-    if request.response_format is not None and request.response_format.type != "text":
-        raise not_supported("response_format", why='only {"type": "text"} is served')
     lacking = {
         "prompt_logprobs": request.prompt_logprobs is not None,
         "bad_words": bool(request.bad_words),
         "allowed_token_ids": request.allowed_token_ids is not None,
-        "structured_outputs": request.structured_outputs is not None,
+        "use_beam_search": bool(request.use_beam_search),
+    }
+    # As vLLM since 0.12.
+    renamed = {
         "guided_json": request.guided_json is not None,
         "guided_regex": request.guided_regex is not None,
         "guided_choice": request.guided_choice is not None,
         "guided_grammar": request.guided_grammar is not None,
-        "use_beam_search": bool(request.use_beam_search),
     }
-    for field, asked in lacking.items():
+    for field, asked in (lacking | renamed).items():
         if asked:
-            raise not_supported(field)
+            raise not_supported(field, why="use `structured_outputs`" if field in renamed else "")
 
 
 def refuse_completion_extras(request: CompletionRequest) -> None:

@@ -10,6 +10,7 @@ import logging
 import queue
 import time
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import assert_never
 
 import msgspec
@@ -28,6 +29,7 @@ from memserve.messages import (
     PoolAnswer,
     PoolCall,
     Published,
+    Rejected,
     ReleasePeer,
     ReportIndex,
     ResetPrefixCache,
@@ -285,8 +287,7 @@ class Engine:
             case Settle():
                 self._settle(event)
             case Abort(ticket):
-                for room in (self._departures, self._arrivals, self._batcher, self._groups):
-                    room.abort(ticket)
+                self._abort(ticket)
             case MapPeer() | ReleasePeer():
                 self._remap(event)
             case Inspect() | ReportIndex() | Calibrate():
@@ -299,6 +300,10 @@ class Engine:
                 raise AssertionError(f"not expected here: {event}")
             case _:
                 assert_never(event)
+
+    def _abort(self, ticket: int) -> None:
+        for room in (self._departures, self._arrivals, self._batcher, self._groups):
+            room.abort(ticket)
 
     def _forget_history(self) -> None:
         self._pool.reset()
@@ -336,6 +341,7 @@ class Engine:
     def _absorb(self, slices: list[Slice], sampled: list[Sampled]) -> None:
         """Record what a step computed, in the order of its slices, and send its tokens."""
         events: list[TokenEvent] = []
+        failed: list[Rejected] = []
         results = iter(sampled)
         prefilled: list[Sequence] = []
         self._books.count_step(slices)
@@ -349,14 +355,20 @@ class Engine:
                 if sequence.prefilling:
                     prefilled.append(sequence)
                 sequence.num_computed += part.num_tokens
-            if samples:
-                events.append(self._append(sequence, next(results)))
-        finished = {event.ticket for event in events if event.finish is not None}
-        prefilled = [sequence for sequence in prefilled if sequence.ticket not in finished]
+            if samples and (result := next(results)).failure:
+                failed.append(Rejected(sequence.ticket, result.failure, HTTPStatus.BAD_REQUEST))
+            elif samples:
+                events.append(self._append(sequence, result))
+        ended = {event.ticket for event in events if event.finish is not None}
+        ended.update(rejection.ticket for rejection in failed)
+        prefilled = [sequence for sequence in prefilled if sequence.ticket not in ended]
         for sequence in prefilled:
             self._batcher.share(sequence)
         if events:
             self._send(Tokens(events))
+        for rejection in failed:
+            self._send(rejection)
+            self._abort(rejection.ticket)
         now = time.monotonic()
         for sequence in prefilled:
             if sequence.decode_on is not None:
@@ -366,20 +378,10 @@ class Engine:
     def _append(self, sequence: Sequence, sampled: Sampled) -> TokenEvent:
         """Add a sampled token to its sequence and end the sequence if it was the last."""
         sequence.tokens.append(sampled.token)
-        position = sequence.num_outputs - 1
         finish = sequence.finish_reason(self._eos_token_ids)
         if finish is not None:
             self._batcher.finish(sequence)
-        return TokenEvent(
-            ticket=sequence.ticket,
-            position=position,
-            token=sampled.token,
-            finish=finish,
-            logprob=sampled.logprob,
-            top=sampled.top,
-            num_cached_tokens=sequence.num_cached_tokens if position == 0 else 0,
-            prefilled=sequence.prefilled(time.monotonic()) if position == 0 else None,
-        )
+        return sequence.newest(finish, sampled.logprob, sampled.top)
 
     def audit(self) -> list[str]:
         """See `memserve.workers.books.Books.audit`."""

@@ -9,6 +9,7 @@ import logging
 import queue
 import socket
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -79,6 +80,8 @@ class Link:
 
     def __init__(self, control: socket.socket) -> None:
         self.inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.receive: Callable[[ToWorker], None] = self.inbox.put
+        """Takes each message on the thread that reads them."""
         self._control = control
         self._loop = asyncio.new_event_loop()
         self._channel: Channel[ToWorker] | None = None
@@ -138,6 +141,6 @@ class Link:
         try:
             async for batch in self._channel.batches():
                 for message in batch:
-                    self.inbox.put(message)
+                    self.receive(message)
         finally:  # whichever end has closed it, the socket is closed before the loop is
             await self._channel.close()

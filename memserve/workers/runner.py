@@ -1,7 +1,7 @@
 """One step on the device: slices of sequences in, sampled tokens out.
 
 Turns the bookkeeping of a step into tensors, runs the model over the arena, and samples. Holds no
-state between steps.
+state between steps, save what sequences carry of their grammars.
 """
 
 from collections.abc import Sequence as Items
@@ -10,12 +10,14 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from memserve.grammar import GrammarError
 from memserve.model.device_sampling import sample_on_device
 from memserve.model.graphs import DecodeGraphs, cuda_recorder
 from memserve.model.model import Model
 from memserve.model.sampling import Sampled, SampleRow, sample
 from memserve.model.step import LayerWritten, StepInput
 from memserve.pool.space import BlockSpace
+from memserve.workers.grammars import Allowed, Grammars
 from memserve.workers.sequence import Sequence, Slice
 
 
@@ -64,16 +66,19 @@ class Runner:
         eos_token_ids: tuple[int, ...],
         space: BlockSpace | None = None,
         graphs: DecodeGraphs | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         """`space` knows the blocks that lie elsewhere than in `arena`; without it there are none.
 
-        `arena` lies on the model's device. `graphs` of them serve the steps that they can.
+        `arena` lies on the model's device. `graphs` of them serve the steps that they can. Without
+        `grammars` no sequence that has one gets a token.
         """
         self._model = model
         self._arena = arena
         self._eos_token_ids = eos_token_ids
         self._space = space
         self._graphs = graphs
+        self._grammars = grammars
 
     def run(
         self,
@@ -92,13 +97,40 @@ class Runner:
         if on_gpu and not is_followed:
             written = None
         logits = self._forward(step_input(slices, self._space), written)
-        rows = [sample_row(part.sequence, self._eos_token_ids) for part in slices if part.samples]
-        if not on_gpu:
-            return sample(logits, rows)
-        sampled = sample_on_device(logits, rows)
-        # Without a token to sample nothing was waited for, and who hears of the blocks reads them.
-        torch.cuda.current_stream(self._model.device).synchronize()
+        # On a GPU the step runs meanwhile.
+        drawing = [part.sequence for part in slices if part.samples]
+        allowed, failures = self._allowed(drawing)
+        rows = [
+            sample_row(sequence, self._eos_token_ids, allowed.get(row))
+            for row, sequence in enumerate(drawing)
+        ]
+        if on_gpu:
+            sampled = sample_on_device(logits, rows)
+            # Without a token to sample nothing was waited for, and who hears of the blocks reads them.
+            torch.cuda.current_stream(self._model.device).synchronize()
+        else:
+            sampled = sample(logits, rows)
+        for row, failure in failures.items():
+            sampled[row] = Sampled(token=-1, failure=failure)
         return sampled
+
+    def _allowed(self, drawing: Items[Sequence]) -> tuple[dict[int, Allowed], dict[int, str]]:
+        """By row what grammars take next, and why some can't be followed."""
+        allowed: dict[int, Allowed] = {}
+        failures: dict[int, str] = {}
+        for row, sequence in enumerate(drawing):
+            if not sequence.sampling.grammar:
+                continue
+            if self._grammars is None:
+                failures[row] = "this worker can't hold answers to grammars"
+                continue
+            try:
+                if sequence.follower is None:
+                    sequence.follower = self._grammars.follower(sequence.sampling.grammar)
+                allowed[row] = sequence.follower.allowed(sequence.answer)
+            except GrammarError as error:
+                failures[row] = str(error)
+        return allowed, failures
 
     def _forward(self, step: StepInput, written: LayerWritten | None) -> torch.Tensor:
         if self._graphs is not None and written is None:
@@ -116,6 +148,7 @@ def build_runner(
     max_num_seqs: int,
     enforce_eager: bool,
     space: BlockSpace | None = None,
+    grammars: Grammars | None = None,
 ) -> Runner:
     """A runner on the model's device, where `arena` lies, too.
 
@@ -131,7 +164,9 @@ def build_runner(
             max_model_len=model.spec.max_model_len,
             record=cuda_recorder(),
         )
-    return Runner(model, arena, eos_token_ids=eos_token_ids, space=space, graphs=graphs)
+    return Runner(
+        model, arena, eos_token_ids=eos_token_ids, space=space, graphs=graphs, grammars=grammars
+    )
 
 
 def step_input(slices: Items[Slice], space: BlockSpace | None = None) -> StepInput:
@@ -166,13 +201,16 @@ def step_input(slices: Items[Slice], space: BlockSpace | None = None) -> StepInp
     )
 
 
-def sample_row(sequence: Sequence, eos_token_ids: tuple[int, ...]) -> SampleRow:
+def sample_row(
+    sequence: Sequence, eos_token_ids: tuple[int, ...], allowed: Allowed | None = None
+) -> SampleRow:
     """What the sampler needs to know to draw the next token of a sequence."""
     return SampleRow(
         sampling=sequence.sampling,
         choice=sequence.choice,
         position=sequence.num_outputs,
         prompt=sequence.tokens[: sequence.num_prompt_tokens],
-        output=sequence.tokens[sequence.num_prompt_tokens :],
+        output=sequence.answer,
         eos_token_ids=eos_token_ids,
+        allowed=allowed,
     )

@@ -1,5 +1,6 @@
 """One choice of one request as the engine sees it: its tokens, its blocks, how far it is computed."""
 
+import time
 from array import array
 from collections import Counter
 from collections.abc import Sequence as Items
@@ -7,8 +8,16 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TypeVar
 
-from memserve.messages import Expect, Prefilled, SamplingParams, Submit, known_tokens
+from memserve.messages import (
+    Expect,
+    Prefilled,
+    SamplingParams,
+    Submit,
+    TokenEvent,
+    known_tokens,
+)
 from memserve.pool.refs import BlockRef
+from memserve.workers.grammars import Follower
 
 T = TypeVar("T")
 
@@ -68,11 +77,18 @@ class Sequence:
     spread: bool = False
     """Whether its blocks lie on several instances: then `memserve.workers.parallel` keeps them, and
     the index has none of them."""
+    follower: Follower | None = None
+    """Of its grammar, from the first token on that is drawn here."""
 
     @property
     def num_outputs(self) -> int:
         """Tokens generated so far."""
         return len(self.tokens) - self.num_prompt_tokens
+
+    @property
+    def answer(self) -> "array[int]":
+        """A copy of those."""
+        return self.tokens[self.num_prompt_tokens :]
 
     @property
     def num_new_outputs(self) -> int:
@@ -96,6 +112,22 @@ class Sequence:
         loaded = self.num_loaded
         return Prefilled(
             now - self.started_at, loaded[Source.HOST], loaded[Source.P2P], loaded[Source.DISK]
+        )
+
+    def newest(
+        self, finish: str | None, logprob: float | None, top: tuple[tuple[int, float], ...]
+    ) -> TokenEvent:
+        """What is told of the newest token."""
+        position = self.num_outputs - 1
+        return TokenEvent(
+            ticket=self.ticket,
+            position=position,
+            token=self.tokens[-1],
+            finish=finish,
+            logprob=logprob,
+            top=top,
+            num_cached_tokens=self.num_cached_tokens if position == 0 else 0,
+            prefilled=self.prefilled(time.monotonic()) if position == 0 else None,
         )
 
     def finish_reason(self, eos_token_ids: frozenset[int]) -> str | None:

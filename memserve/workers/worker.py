@@ -20,6 +20,7 @@ from memserve.tensor.leading import Followers, Lead, LeadingModel, leading
 from memserve.tensor.starting import StartedRanks
 from memserve.workers.engine import Engine
 from memserve.workers.gpu import explained_shortage, open_gpu, with_cache_size
+from memserve.workers.grammars import Grammars, Porter
 from memserve.workers.link import Link
 from memserve.workers.memory import WorkerMemory
 from memserve.workers.runner import Runner, build_runner
@@ -87,7 +88,10 @@ def _serve(configure: Configure, link: Link, descriptors: socket.socket, lead: L
             cuda=cuda,
             followers=followers,
         )
-        runner = _runner(config, model, memory, followers)
+        grammars = _grammars(config, model)
+        runner = _runner(config, model, memory, followers, grammars)
+    if grammars is not None:
+        link.receive = Porter(grammars, link.inbox.put).receive
     in_groups = model.reads_in_place and followers is None
     engine = Engine(
         config,
@@ -116,6 +120,8 @@ def _serve(configure: Configure, link: Link, descriptors: socket.socket, lead: L
         link.send(Ready(memory.descriptors, model.spec.dtype, model.attention, shards, pids))
         engine.run()
     finally:
+        if grammars is not None:
+            grammars.close()
         memory.close()
 
 
@@ -129,12 +135,22 @@ def _check_groups(config: EngineConfig, model: Model) -> None:
         raise UsageError(f"--max-sp {config.max_sp} needs a C and C++ compiler on this machine")
 
 
+def _grammars(config: EngineConfig, model: Model) -> Grammars | None:
+    if not config.tokenizer:
+        return None
+    return Grammars(Path(config.tokenizer), model.spec.vocab_size, config.eos_token_ids)
+
+
 def _runner(
-    config: EngineConfig, model: Model, memory: WorkerMemory, followers: Followers | None
+    config: EngineConfig,
+    model: Model,
+    memory: WorkerMemory,
+    followers: Followers | None,
+    grammars: Grammars | None,
 ) -> Runner:
     if followers is not None:
-        forward = LeadingModel(model, followers)
-        return Runner(forward, memory.hbm.tensor, eos_token_ids=config.eos_token_ids)
+        forward, arena = LeadingModel(model, followers), memory.hbm.tensor
+        return Runner(forward, arena, eos_token_ids=config.eos_token_ids, grammars=grammars)
     return build_runner(
         model,
         memory.hbm.tensor,
@@ -142,6 +158,7 @@ def _runner(
         max_num_seqs=config.max_num_seqs,
         enforce_eager=config.enforce_eager,
         space=memory.space,
+        grammars=grammars,
     )
 
 

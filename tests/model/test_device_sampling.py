@@ -1,7 +1,9 @@
 """Sampling a batch where its logits lie must draw what sampling row by row draws."""
 
+import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -63,6 +65,32 @@ def test_rows_of_all_kinds_share_a_batch() -> None:
     got = sample_on_device(logits, rows)
     assert got == sample(logits, rows)
     assert {each.token for each in got[6::8]} == {7}
+
+
+def test_what_grammars_take_is_drawn_from_as_row_by_row() -> None:
+    logits = logits_of()
+    before = logits.clone()
+    draw = np.random.default_rng(1)
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {},
+        {"top_k": 3, "top_p": 0.8, "min_p": 0.01},
+        {"logprobs": 2},
+        {"presence_penalty": 1.0},
+        {"temperature": 0.0, "min_tokens": 2 * ROWS},
+    ]
+    rows = []
+    for index in range(ROWS):
+        row = rows_of(**kinds[index % len(kinds)])[index]
+        allowed = draw.random(VOCAB) < draw.choice([0.004, 0.1, 0.9])
+        allowed[draw.integers(VOCAB)] = True
+        rows.append(row if index % 7 == 0 else dataclasses.replace(row, allowed=allowed))
+    got = sample_on_device(logits, rows)
+    assert got == sample(logits, rows)
+    assert logits.equal(before)
+    assert all(
+        row.allowed is None or row.allowed[each.token] for each, row in zip(got, rows, strict=True)
+    )
 
 
 def test_tokens_that_tie_at_a_cut_stay_together() -> None:

@@ -1,5 +1,6 @@
 """Sampling against plain definitions written once more, and its independence of the batch."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -152,6 +153,22 @@ def test_before_min_tokens_nothing_that_stops_is_drawn() -> None:
         sample(logits, [row(position, eos=(0,), **limited)])[0].token for position in range(5)
     ]
     assert tokens == [2, 2, 2, 0, 0]
+
+
+def test_a_grammar_that_takes_only_the_end_ends_before_min_tokens() -> None:
+    logits = torch.tensor([[9.0, 8.0, 7.0]])
+    limited = row(0, eos=(0,), temperature=0.0, min_tokens=3, stop_token_ids=(1,))
+    for allowed, token in (([1, 0, 0], 0), ([1, 1, 0], 0), ([0, 1, 0], 1), ([1, 1, 1], 2)):
+        held = dataclasses.replace(limited, allowed=np.array(allowed, np.bool_))
+        assert sample(logits, [held])[0].token == token
+
+
+def test_a_bias_does_not_lift_what_a_grammar_does_not_take() -> None:
+    allowed = np.array([False, True, True])
+    held = dataclasses.replace(row(logit_bias={0: 100.0}, logprobs=1), allowed=allowed)
+    (drawn,) = sample(torch.tensor([[9.0, 8.0, -100.0]]), [held])
+    assert drawn.token == 1
+    assert drawn.top[0][0] == 0
 
 
 def test_logprobs_are_those_of_the_untouched_distribution() -> None:

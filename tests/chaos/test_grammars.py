@@ -1,0 +1,37 @@
+"""B9: an answer that is held to a grammar goes on exactly where its worker died."""
+
+import json
+import os
+import signal
+from typing import Any
+
+from tests.e2e.servers import ServerProcess, assert_all_home
+
+LIST = {"type": "array", "items": {"type": "string", "maxLength": 9}, "minItems": 6, "maxItems": 6}
+BODY: dict[str, Any] = {
+    "model": "SmolLM2-135M-Instruct",
+    "messages": [{"role": "user", "content": "List six animals as JSON."}],
+    "max_tokens": 100,
+    "temperature": 0.7,
+    "seed": 5,
+    "response_format": {"type": "json_schema", "json_schema": {"name": "l", "schema": LIST}},
+}
+DECODE = 1
+
+
+async def test_b9_a_form_is_kept_across_a_death(disaggregated: ServerProcess) -> None:
+    async with disaggregated.async_client() as client:
+        calm = await client.chat.completions.create(**BODY)
+        text = calm.choices[0].message.content or ""
+        assert len(json.loads(text)) == 6
+        told, killed = "", False
+        async for chunk in await client.chat.completions.create(**BODY, stream=True):
+            for choice in chunk.choices:
+                told += choice.delta.content or ""
+            if not killed and len(told) > 8:
+                os.kill(sorted(disaggregated.workers())[DECODE], signal.SIGKILL)
+                killed = True
+                assert len(told) < len(text) / 2
+    assert killed
+    assert told == text
+    assert_all_home(disaggregated, seconds=30)
