@@ -5,7 +5,11 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from memserve.bench.parallel import Options, Report, measure, mixed
+from memserve.bench.parallel import measure
+from memserve.bench.parallel_mixed import mixed
+from memserve.bench.parallel_setup import Options
+from memserve.bench.parallel_table import Report
+from memserve.bench.small_model import TINY, small_model
 from memserve.errors import UsageError
 from memserve.model.prepared import prepare_in_child
 from memserve.paths import cache_dir
@@ -25,7 +29,10 @@ def parse_options(arguments: Sequence[str]) -> Command:
     parser = argparse.ArgumentParser(
         prog="bench_parallel", description="Measures prompts that several workers prefill together."
     )
-    parser.add_argument("--model", help="as for memserve serve [default: the demo model]")
+    parser.add_argument(
+        "--model",
+        help="as for memserve serve; tiny: random weights, 40,960 tokens [default: the demo model]",
+    )
     parser.add_argument(
         "--lengths",
         type=int,
@@ -44,6 +51,9 @@ def parse_options(arguments: Sequence[str]) -> Command:
         default=30.0,
         help="of chats beside documents, with groups and without; 0: none [default: 30]",
     )
+    parser.add_argument(
+        "--document-tokens", type=int, default=3000, metavar="N", help="of those [default: 3000]"
+    )
     given = parser.parse_args(arguments)
     if given.workers < 2 or given.repeats < 1 or min(given.lengths) < 1:
         parser.error("at least two workers, one repeat and one token are needed")
@@ -54,6 +64,7 @@ def parse_options(arguments: Sequence[str]) -> Command:
         seed=given.seed,
         kv_cache_memory=given.kv_cache_memory,
         mixed_seconds=given.mixed_seconds,
+        document_tokens=given.document_tokens,
     )
     return Command(model=given.model, options=options, with_mixed=given.mixed_seconds > 0)
 
@@ -64,7 +75,8 @@ def run(command: Command) -> Report:
 
 
 async def _run(command: Command) -> Report:
-    prepared = prepare_in_child(command.model, cache=cache_dir())
+    model = str(small_model(cache_dir(), TINY)) if command.model == "tiny" else command.model
+    prepared = prepare_in_child(model, cache=cache_dir())
     options = command.options
     if max(options.lengths) >= prepared.max_model_len:
         raise UsageError(f"{prepared.name} takes {prepared.max_model_len} tokens at most")

@@ -1,10 +1,12 @@
-"""A small Llama of random weights, for benchmarks of what lies around the model.
+"""Small Llamas of random weights, for benchmarks of what lies around the model.
 
-A prompt of 1,700 tokens takes such a model some 50 ms of one core, a decode step two or three, so four
-workers on two cores are loaded by a few requests a second. What it says means nothing. The
-folder is a checkpoint as any other, made once in memserve's cache; no torch here.
+A prompt of 1,700 tokens takes the small one some 50 ms of one core, a decode step two or three, so four
+workers on two cores are loaded by a few requests a second. The tiny one takes prompts that are far
+longer. What they say means nothing. The folder is a checkpoint as any other, made once in memserve's
+cache; no torch here.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -15,41 +17,75 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from memserve.model.sources import complete_folder
 
-NAME = "small-random-llama"
-NUM_LAYERS, WIDTH, INNER, NUM_HEADS, NUM_KV_HEADS = 6, 256, 704, 8, 2
-HEAD_DIM = WIDTH // NUM_HEADS
 VOCAB_SIZE = 30_016
-MAX_MODEL_LEN = 8192
 END = "<|end|>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """The size of such a model."""
+
+    name: str
+    num_layers: int
+    width: int
+    inner: int
+    num_heads: int
+    num_kv_heads: int
+    max_model_len: int
+
+    @property
+    def head_dim(self) -> int:
+        """Of queries and keys alike."""
+        return self.width // self.num_heads
+
+
+SMALL = Shape(
+    name="small-random-llama",
+    num_layers=6,
+    width=256,
+    inner=704,
+    num_heads=8,
+    num_kv_heads=2,
+    max_model_len=8192,
+)
+TINY = Shape(
+    name="tiny-random-llama-40k",
+    num_layers=2,
+    width=128,
+    inner=256,
+    num_heads=4,
+    num_kv_heads=2,
+    max_model_len=40_960,
+)
 
 Weights = dict[str, NDArray[np.float32]]
 
 
-def small_model(cache: Path) -> Path:
+def small_model(cache: Path, shape: Shape = SMALL) -> Path:
     """The checkpoint's folder, made if it isn't there."""
-    folder = cache / "bench" / NAME
+    folder = cache / "bench" / shape.name
     if not folder.exists():
         with complete_folder(folder) as partial:
-            _write(partial)
+            _write(partial, shape)
     return folder
 
 
-def _write(folder: Path) -> None:
-    save_file(_weights(), folder / "model.safetensors", {"format": "pt"})
+def _write(folder: Path, shape: Shape) -> None:
+    save_file(_weights(shape), folder / "model.safetensors", {"format": "pt"})
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_size": WIDTH,
-        "intermediate_size": INNER,
-        "num_hidden_layers": NUM_LAYERS,
-        "num_attention_heads": NUM_HEADS,
-        "num_key_value_heads": NUM_KV_HEADS,
-        "head_dim": HEAD_DIM,
+        "hidden_size": shape.width,
+        "intermediate_size": shape.inner,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
         "hidden_act": "silu",
         "rms_norm_eps": 1e-5,
         "rope_theta": 10_000.0,
         "vocab_size": VOCAB_SIZE,
-        "max_position_embeddings": MAX_MODEL_LEN,
+        "max_position_embeddings": shape.max_model_len,
         "tie_word_embeddings": True,
         "eos_token_id": 0,
         "torch_dtype": "float32",
@@ -66,7 +102,7 @@ def _write(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_bytes(msgspec.json.encode(settings))
 
 
-def _weights() -> Weights:
+def _weights(shape: Shape) -> Weights:
     """By the names of transformers' Llama; the same at every call."""
     rng = np.random.default_rng(0)
 
@@ -74,23 +110,24 @@ def _weights() -> Weights:
         values = rng.standard_normal((num_outputs, num_inputs), dtype=np.float32)
         return values / np.float32(num_inputs**0.5)
 
-    ones = np.ones(WIDTH, np.float32)
+    width, inner = shape.width, shape.inner
+    ones = np.ones(width, np.float32)
     found: Weights = {
-        "model.embed_tokens.weight": drawn(VOCAB_SIZE, WIDTH),
+        "model.embed_tokens.weight": drawn(VOCAB_SIZE, width),
         "model.norm.weight": ones,
     }
-    kv_width = NUM_KV_HEADS * HEAD_DIM
-    for layer in range(NUM_LAYERS):
+    kv_width = shape.num_kv_heads * shape.head_dim
+    for layer in range(shape.num_layers):
         prefix = f"model.layers.{layer}."
         found |= {
             prefix + "input_layernorm.weight": ones,
             prefix + "post_attention_layernorm.weight": ones,
-            prefix + "self_attn.q_proj.weight": drawn(WIDTH, WIDTH),
-            prefix + "self_attn.k_proj.weight": drawn(kv_width, WIDTH),
-            prefix + "self_attn.v_proj.weight": drawn(kv_width, WIDTH),
-            prefix + "self_attn.o_proj.weight": drawn(WIDTH, WIDTH),
-            prefix + "mlp.gate_proj.weight": drawn(INNER, WIDTH),
-            prefix + "mlp.up_proj.weight": drawn(INNER, WIDTH),
-            prefix + "mlp.down_proj.weight": drawn(WIDTH, INNER),
+            prefix + "self_attn.q_proj.weight": drawn(width, width),
+            prefix + "self_attn.k_proj.weight": drawn(kv_width, width),
+            prefix + "self_attn.v_proj.weight": drawn(kv_width, width),
+            prefix + "self_attn.o_proj.weight": drawn(width, width),
+            prefix + "mlp.gate_proj.weight": drawn(inner, width),
+            prefix + "mlp.up_proj.weight": drawn(inner, width),
+            prefix + "mlp.down_proj.weight": drawn(width, inner),
         }
     return found

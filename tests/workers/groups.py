@@ -101,6 +101,7 @@ class FakeLauncher:
         self.engines = {engine.instance: engine for engine in made}
         self.requests: dict[int, Request] = {}
         self.failures: list[BaseException] = []
+        self.patience = PATIENCE_S
         self._read: dict[int, int] = defaultdict(int)
         self._num_started = 0
 
@@ -147,7 +148,7 @@ class FakeLauncher:
 
     def until(self, reached: Callable[[], bool]) -> None:
         """Hand messages on until something is so."""
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + self.patience
         while True:
             if not self.pump() and not reached():
                 time.sleep(0.0005)
