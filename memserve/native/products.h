@@ -14,7 +14,7 @@ namespace memserve {
 // sums [num_panels][size, 16] = left [size, depth] x right [num_panels][depth, 16], or += .
 template <class E>
 struct Product {
-    const E* left;
+    const E* const* left;  // where each LANES lines of it begin
     int64_t left_stride;
     const E* right;
     float* sums;
@@ -32,7 +32,7 @@ inline void multiply_some(const Product<float>& product, int line, int panel) {
     for (int m = 0; m < M; m++)
         for (int p = 0; p < P; p++)
             sums[m][p] = product.add ? load(target + (p * product.size + m) * LANES) : floats{};
-    const float* left = product.left + line * product.left_stride;
+    const float* left = product.left[line / LANES] + line % LANES * product.left_stride;
     const float* right = product.right + panel * product.depth * LANES;
     for (int k = 0; k < product.depth; k++, left++, right += LANES) {
         floats factors[P];
@@ -64,10 +64,9 @@ inline void multiply_tiles(const Product<bfloat16>& product, int panel, int star
     if (P == 2) _tile_loadd(6, next, STRIDE);
     if (P == 2 && K == 2) _tile_loadd(7, next + 32 * LANES, STRIDE);
     const int64_t left_bytes = product.left_stride * sizeof(bfloat16);
-    const bfloat16* left = product.left + start;
     float* sums = product.sums + panel * product.size * LANES;
     float* others = sums + product.size * LANES;
-    for (int line = 0; line < product.size; line += 16) {
+    for (int line = 0; line < product.size; line += LANES) {
         if (add) {
             _tile_loadd(0, sums, STRIDE);
             if (P == 2) _tile_loadd(1, others, STRIDE);
@@ -75,6 +74,7 @@ inline void multiply_tiles(const Product<bfloat16>& product, int panel, int star
             _tile_zero(0);
             if (P == 2) _tile_zero(1);
         }
+        const bfloat16* left = product.left[line / LANES] + start;
         _tile_loadd(2, left, left_bytes);
         _tile_dpbf16ps(0, 2, 4);
         if (P == 2) _tile_dpbf16ps(1, 2, 6);
@@ -83,9 +83,8 @@ inline void multiply_tiles(const Product<bfloat16>& product, int panel, int star
         if (P == 2 && K == 2) _tile_dpbf16ps(1, 3, 7);
         _tile_stored(0, sums, STRIDE);
         if (P == 2) _tile_stored(1, others, STRIDE);
-        left += 16 * product.left_stride;
-        sums += 16 * LANES;
-        others += 16 * LANES;
+        sums += LANES * LANES;
+        others += LANES * LANES;
     }
 }
 
@@ -132,19 +131,24 @@ inline void transpose_stage(floats (&rows)[LANES]) {
         if (!(i & S)) swap_lanes<S>(rows[i], rows[i + S], std::make_index_sequence<LANES>());
 }
 
+// target [16, 16] of 4 bytes each = the rows, transposed; its stride in bytes.
+inline void transpose_square(floats (&rows)[LANES], void* target, int64_t stride) {
+    transpose_stage<8>(rows);
+    transpose_stage<4>(rows);
+    transpose_stage<2>(rows);
+    transpose_stage<1>(rows);
+    char* to = static_cast<char*>(target);
+    for (int i = 0; i < LANES; i++) std::memcpy(to + i * stride, &rows[i], 64);
+}
+
 // target [words, 16] = source [16, words] of 4 bytes each; strides in bytes.
 inline void transpose(const void* source, int64_t source_stride, int words, void* target,
-               int64_t target_stride) {
+                      int64_t target_stride) {
     for (int word = 0; word < words; word += LANES) {
         floats rows[LANES];
         const char* from = static_cast<const char*>(source) + word * 4;
         for (int i = 0; i < LANES; i++) std::memcpy(&rows[i], from + i * source_stride, 64);
-        transpose_stage<8>(rows);
-        transpose_stage<4>(rows);
-        transpose_stage<2>(rows);
-        transpose_stage<1>(rows);
-        char* to = static_cast<char*>(target) + word * target_stride;
-        for (int i = 0; i < LANES; i++) std::memcpy(to + i * target_stride, &rows[i], 64);
+        transpose_square(rows, static_cast<char*>(target) + word * target_stride, target_stride);
     }
 }
 
@@ -165,23 +169,27 @@ void copy_row(const T* source, int size, int width, E* target) {
     if (d < width) std::memset(target + d, 0, (width - d) * sizeof(E));
 }
 
-// target [width, num_rows] = source [num_rows, width]; width and num_rows are multiples of 32.
-inline void transpose_rows(const float* source, int num_rows, int width, float* target) {
+// target [width, num_rows] = rows [num_rows][width]; width and num_rows are multiples of 32.
+inline void transpose_rows(const float* const* rows, int num_rows, int width, float* target) {
     for (int row = 0; row < num_rows; row += LANES)
-        transpose(source + row * width, width * 4, width, target + row, num_rows * 4);
+        for (int d = 0; d < width; d += LANES) {
+            floats square[LANES];
+            for (int i = 0; i < LANES; i++) square[i] = load(rows[row + i] + d);
+            transpose_square(square, target + d * num_rows + row, num_rows * 4);
+        }
 }
 
-inline void transpose_rows(const bfloat16* source, int num_rows, int width, bfloat16* target) {
-    for (int row = 0; row < num_rows; row += 2 * LANES) {
+inline void transpose_rows(const bfloat16* const* rows, int num_rows, int width, bfloat16* target) {
+    for (int row = 0; row < num_rows; row += 2 * LANES)
         for (int d = 0; d < width; d += LANES) {
-            uints pairs[LANES];
+            floats pairs[LANES];
             for (int p = 0; p < LANES; p++) {
-                const bfloat16* even = source + (row + 2 * p) * width + d;
-                pairs[p] = (uints)load(even) >> 16 | (uints)load(even + width);
+                const bfloat16* even = rows[row + 2 * p] + d;
+                const bfloat16* odd = rows[row + 2 * p + 1] + d;
+                pairs[p] = (floats)((uints)load(even) >> 16 | (uints)load(odd));
             }
-            transpose(pairs, 64, LANES, target + d * num_rows + row, num_rows * 2);
+            transpose_square(pairs, target + d * num_rows + row, num_rows * 2);
         }
-    }
 }
 
 }  // namespace memserve

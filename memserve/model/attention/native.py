@@ -70,6 +70,9 @@ class Kernels:
             *(c_float, c_int32, c_void_p, c_int32, c_void_p, c_int64),
         ]
         self.prefill.restype = None
+        self.prefill_claim = library.memserve_prefill_claim
+        self.prefill_claim.argtypes = [step, c_void_p]
+        self.prefill_claim.restype = None
         self.prefill_scratch = library.memserve_prefill_scratch
         self.prefill_scratch.argtypes = [step, c_void_p, c_int32]
         self.prefill_scratch.restype = c_int64

@@ -3,8 +3,8 @@
 `PagedAttention` lives as long as the model and holds what steps share; `begin` returns a
 `PagedBatch`, which lives for one step and serves all its layers. Decode and short chunks go to a
 C++ kernel that reads each key once for all heads, long chunks in bfloat16 to one made of matrix
-products. Long chunks in float32, or on a CPU without AVX-512, go to gather + SDPA; without a
-compiler everything does.
+products; on matrix tiles so do short ones that share much of their contexts. Long chunks in
+float32, or on a CPU without AVX-512, go to gather + SDPA; without a compiler everything does.
 """
 
 import ctypes
@@ -114,14 +114,16 @@ class PagedBatch:
         self._gatherer = attention.gatherer
         counts = step.query_start.diff()
         is_long = counts >= long_chunk(self._kernels, arena, self.num_query_heads)
-        self._short = (~is_long).nonzero().flatten().int()
-        self._long = is_long.nonzero().flatten().int()
-        self._num_short, self._num_long = self._short.numel(), self._long.numel()
         self._masks: dict[tuple[int, int | None], torch.Tensor | None] = {}
         if self._kernels is not None:
             self._offsets = block_offsets(step, arena)
             self.native = native_step(step, arena, self._offsets, self.num_query_heads)
             self.native_pointer = ctypes.pointer(self.native)
+            if on_matrix_tiles(self._kernels, arena):
+                self._kernels.prefill_claim(self.native_pointer, is_long.data_ptr())
+        self._short = (~is_long).nonzero().flatten().int()
+        self._long = is_long.nonzero().flatten().int()
+        self._num_short, self._num_long = self._short.numel(), self._long.numel()
         self._scratch: torch.Tensor | None = None
         if self._num_long and self._kernels is not None and can_prefill(self._kernels, arena):
             wanted = self._kernels.prefill_scratch(
@@ -297,12 +299,17 @@ def can_prefill(kernels: Kernels, arena: torch.Tensor) -> bool:
     return fits and kernels.prefill_operands != PrefillOperands.NONE
 
 
+def on_matrix_tiles(kernels: Kernels, arena: torch.Tensor) -> bool:
+    """Whether the kernel for long chunks multiplies this arena's blocks on matrix tiles."""
+    has_tiles = kernels.prefill_operands == PrefillOperands.BFLOAT16
+    return has_tiles and can_prefill(kernels, arena)
+
+
 def long_chunk(kernels: Kernels | None, arena: torch.Tensor, num_query_heads: int) -> int:
     """Query tokens of a sequence from which it isn't for the kernel for short chunks."""
     if kernels is None:
         return 0
-    on_tiles = kernels.prefill_operands == PrefillOperands.BFLOAT16
-    if on_tiles and can_prefill(kernels, arena):
+    if on_matrix_tiles(kernels, arena):
         group = num_query_heads // arena.shape[4]
         return max(2, -(-LONG_CHUNK_ROWS // group))
     return LONG_CHUNK
