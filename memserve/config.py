@@ -9,6 +9,7 @@ This module reads no model and starts nothing.
 """
 
 import dataclasses
+import math
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,14 @@ import msgspec
 import yaml
 
 from memserve.errors import UsageError
-from memserve.pool.refs import DType, Encoding
+from memserve.pool.refs import DType, Encoding, KVCacheDType
 
+CPU_BATCHED_TOKENS = 512
+GPU_BATCHED_TOKENS = 2048
+"""A step's tokens by default. From a few hundred rows on a GPU's matrix units are busy, not its memory;
+this is some times that, so that a prompt's chunks cost little beyond their products, and still a step
+that decoded tokens can ride in: about a tenth of a second for 13 billion weights on an H100."""
+MIN_WORKER_TIMEOUT_S = 2.0
 SIZE_UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
@@ -61,8 +68,8 @@ class ServeConfig:
     )
     dtype: str = _flag(
         "auto",
-        "Type of weights and KV cache; auto: bfloat16 where the device has it, else float32, on a GPU "
-        "float16.",
+        "Type of the weights and, unless --kv-cache-dtype says otherwise, of the KV cache; auto: "
+        "bfloat16 where the device has it, else float32, on a GPU float16.",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     max_model_len: int | None = _flag(
@@ -82,6 +89,13 @@ class ServeConfig:
         "KV cache of one worker, as 2G or 512M [default: its share of an eighth of the free "
         "memory, at most 2G; on a GPU all that --gpu-memory-utilization leaves].",
     )
+    kv_cache_dtype: str = _flag(
+        "auto",
+        "Type of the KV cache; auto: that of the weights; fp8: a byte for each value (e4m3, scale 1, "
+        "nothing above 448), so twice as many tokens as in bfloat16, rounded; GPUs from compute "
+        "capability 8.9 on.",
+        choices=("auto", "fp8"),
+    )
     dram_cache_memory: str = _flag(
         "0",
         "Memory of one worker for history that its KV cache has no room for, as 4G; 0: none.",
@@ -99,7 +113,11 @@ class ServeConfig:
     )
     cache_dir_size: str = _flag("16G", "Most bytes of the files in --cache-dir.")
     max_num_seqs: int = _flag(64, "Most sequences that one worker runs at once.")
-    max_num_batched_tokens: int = _flag(512, "Most tokens in one step of a worker.")
+    max_num_batched_tokens: int | None = _flag(
+        None,
+        f"Most tokens in one step of a worker [default: {CPU_BATCHED_TOKENS}, on a GPU "
+        f"{GPU_BATCHED_TOKENS}; at least --max-num-seqs].",
+    )
     max_num_queued_reqs: int = _flag(
         1024, "Most requests in the server, each choice for itself; more are answered 503."
     )
@@ -193,6 +211,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int
     kv_cache_bytes: int
     """0, on a GPU only: what the model leaves of `device_memory_bytes`."""
+    kv_cache_dtype: KVCacheDType = "auto"
     dram_cache_bytes: int = 0
     """0: no DRAM tier."""
     dram_cache_encoding: Encoding = "plain"
@@ -222,6 +241,50 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     def num_ranks(self) -> int:
         """Processes that share out the model."""
         return max(1, len(self.rank_cores))
+
+
+def check_ranges(config: ServeConfig) -> None:
+    """Refuse numbers that make no sense, whatever the model."""
+    for name in (
+        "block_size",
+        "max_num_seqs",
+        "max_num_batched_tokens",
+        "max_num_queued_reqs",
+        "max_num_queued_tokens",
+        "max_connections",
+        "sp_min_tokens",
+    ):
+        count = getattr(config, name)
+        if count is not None and count < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
+    if config.max_sp < 0:
+        raise UsageError("--max-sp must not be negative; 0 lets the cost model decide")
+    for name in ("handover_timeout", "shutdown_timeout"):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise UsageError(f"--{name.replace('_', '-')} must be a number of seconds")
+    for name in ("client_timeout", "request_timeout"):
+        limit = getattr(config, name)
+        if limit is not None and not 0 < limit < math.inf:
+            raise UsageError(f"--{name.replace('_', '-')} must be a number of seconds above 0")
+    if not MIN_WORKER_TIMEOUT_S <= config.worker_timeout < math.inf:
+        raise UsageError(
+            f"--worker-timeout must be at least {MIN_WORKER_TIMEOUT_S:g} seconds: workers give a "
+            "sign of life once a second"
+        )
+    for name in ("slo_ttft", "slo_tpot"):
+        limit = getattr(config, name)
+        if limit is not None and not 0 < limit < math.inf:
+            raise UsageError(f"--{name.replace('_', '-')} must be a number of milliseconds")
+    if config.slo_admission == "reject" and config.slo_ttft is None and config.slo_tpot is None:
+        raise UsageError("--slo-admission reject needs objectives: give --slo-ttft or --slo-tpot")
+    if not 0 < config.gpu_memory_utilization <= 1:
+        raise UsageError("--gpu-memory-utilization must be above 0 and at most 1")
+    num_tokens = config.max_num_batched_tokens
+    if num_tokens is not None and num_tokens < config.max_num_seqs:
+        raise UsageError(
+            f"--max-num-batched-tokens {num_tokens} must not be below "
+            f"--max-num-seqs {config.max_num_seqs}: every sequence needs a token in a step"
+        )
 
 
 def parse_size(text: str, *, zero: bool = False) -> int:

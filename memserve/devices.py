@@ -9,15 +9,23 @@ from dataclasses import dataclass
 
 import msgspec
 
-from memserve.config import EngineConfig, ServeConfig, parse_size
+from memserve.config import (
+    CPU_BATCHED_TOKENS,
+    GPU_BATCHED_TOKENS,
+    EngineConfig,
+    ServeConfig,
+    parse_size,
+)
 from memserve.errors import UsageError
 from memserve.gpus import Gpu, NoGpu, usable_gpus
 from memserve.machine import available_memory, has_fast_bf16
-from memserve.pool.refs import DType
+from memserve.pool.refs import DType, KVCacheDType
 
 logger = logging.getLogger(__name__)
 
-BFLOAT16_CAPABILITY = 8
+BFLOAT16_CAPABILITY = (8, 0)
+FP8_CAPABILITY = (8, 9)
+"""From where on Triton converts e4m3, by instructions that older GPUs don't have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,3 +102,26 @@ def choose_dtype(config: ServeConfig, gpus: list[Gpu]) -> DType:
         capable = all(gpu.compute_capability >= BFLOAT16_CAPABILITY for gpu in gpus)
         return "bfloat16" if capable else "float16"
     return "bfloat16" if has_fast_bf16() else "float32"
+
+
+def choose_batched_tokens(config: ServeConfig, gpus: list[Gpu]) -> int:
+    """Most tokens of a step: as was asked for, or the device's default."""
+    if config.max_num_batched_tokens is not None:
+        return config.max_num_batched_tokens
+    return max(config.max_num_seqs, GPU_BATCHED_TOKENS if gpus else CPU_BATCHED_TOKENS)
+
+
+def choose_kv_cache_dtype(config: ServeConfig, gpus: list[Gpu]) -> KVCacheDType:
+    """How KV is kept. Raises UsageError where it can't be kept as was asked for."""
+    if config.kv_cache_dtype == "auto":
+        return "auto"
+    if not gpus:
+        raise UsageError("--kv-cache-dtype fp8 is built for GPUs only: leave it out on the CPU")
+    for gpu in gpus:
+        if gpu.compute_capability < FP8_CAPABILITY:
+            major, minor = gpu.compute_capability
+            raise UsageError(
+                f"--kv-cache-dtype fp8 needs GPUs of compute capability 8.9 or more, but the "
+                f"{gpu.name} has {major}.{minor}: leave it out, or choose GPUs by CUDA_VISIBLE_DEVICES"
+            )
+    return "fp8"

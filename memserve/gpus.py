@@ -12,7 +12,7 @@ from pathlib import Path
 from memserve.errors import UsageError
 
 DRIVER = "libcuda.so.1"
-COMPUTE_CAPABILITY_MAJOR = 75  # <cuda.h>
+COMPUTE_CAPABILITY = (75, 76)  # attributes of <cuda.h>: its major and its minor number
 MAX_NAME_BYTES = 256
 
 
@@ -23,8 +23,8 @@ class Gpu:
     index: int
     name: str
     memory_bytes: int
-    compute_capability: int
-    """The major number: 8 is Ampere, 9 Hopper."""
+    compute_capability: tuple[int, int]
+    """Its major and its minor number: (8, 9) is Ada, (9, 0) Hopper."""
 
 
 class NoGpu(UsageError):
@@ -58,17 +58,19 @@ def torch_has_cuda() -> bool:
 
 
 def _describe(library: ctypes.CDLL, index: int) -> Gpu:
-    device, major = ctypes.c_int(), ctypes.c_int()
+    device, number = ctypes.c_int(), ctypes.c_int()
     memory = ctypes.c_size_t()
     name = ctypes.create_string_buffer(MAX_NAME_BYTES)
     _check(library.cuDeviceGet(ctypes.byref(device), index), "cuDeviceGet")
     _check(library.cuDeviceGetName(name, MAX_NAME_BYTES, device), "cuDeviceGetName")
     _check(library.cuDeviceTotalMem_v2(ctypes.byref(memory), device), "cuDeviceTotalMem")
-    _check(
-        library.cuDeviceGetAttribute(ctypes.byref(major), COMPUTE_CAPABILITY_MAJOR, device),
-        "cuDeviceGetAttribute",
-    )
-    return Gpu(index, name.value.decode(errors="replace"), memory.value, major.value)
+    numbers = []
+    for attribute in COMPUTE_CAPABILITY:
+        status = library.cuDeviceGetAttribute(ctypes.byref(number), attribute, device)
+        _check(status, "cuDeviceGetAttribute")
+        numbers.append(number.value)
+    major, minor = numbers
+    return Gpu(index, name.value.decode(errors="replace"), memory.value, (major, minor))
 
 
 def _check(status: int, call: str) -> None:

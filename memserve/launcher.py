@@ -6,7 +6,6 @@ workers start; nothing is left behind however it ends.
 
 import asyncio
 import logging
-import math
 import signal
 import sys
 from collections.abc import AsyncIterator, Iterable
@@ -19,8 +18,16 @@ import msgspec
 from memserve.cluster.cluster import Cluster
 from memserve.cluster.instance import InstancePlan
 from memserve.cluster.ranks import share_cores, with_ranks
-from memserve.config import EngineConfig, ServeConfig, parse_size
-from memserve.devices import assign, choose_dtype, choose_gpus, gpu_cache_bytes, on_device
+from memserve.config import EngineConfig, ServeConfig, check_ranges, parse_size
+from memserve.devices import (
+    assign,
+    choose_batched_tokens,
+    choose_dtype,
+    choose_gpus,
+    choose_kv_cache_dtype,
+    gpu_cache_bytes,
+    on_device,
+)
 from memserve.errors import UsageError
 from memserve.frontend.listening import answering, connection_limit, listen, tls_context
 from memserve.frontend.running import Running
@@ -50,7 +57,6 @@ from memserve.tokens import Tokenizer
 logger = logging.getLogger(__name__)
 
 MAX_DEFAULT_CACHE = 2 << 30  # bytes a worker
-MIN_WORKER_TIMEOUT_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +91,7 @@ def plan_instances(config: ServeConfig, prepared: PreparedModel) -> list[Instanc
         dtype=choose_dtype(config, gpus),
         max_model_len=max_model_len,
         block_size=config.block_size,
+        kv_cache_dtype=choose_kv_cache_dtype(config, gpus),
         kv_cache_bytes=(gpu_cache_bytes if gpus else cache_bytes)(config, len(roles)),
         dram_cache_bytes=parse_size(config.dram_cache_memory, zero=True),
         dram_cache_encoding="int8" if config.dram_cache_dtype == "int8" else "plain",
@@ -92,7 +99,7 @@ def plan_instances(config: ServeConfig, prepared: PreparedModel) -> list[Instanc
         cache_dir_bytes=parse_size(config.cache_dir_size),
         model_id=model_id(config, prepared, max_model_len),
         max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_batched_tokens=choose_batched_tokens(config, gpus),
         handover_timeout=config.handover_timeout,
         transfer_granularity=config.transfer_granularity,
         max_sp=config.max_sp,
@@ -106,58 +113,16 @@ def plan_instances(config: ServeConfig, prepared: PreparedModel) -> list[Instanc
     ]
 
 
-def check_ranges(config: ServeConfig) -> None:
-    """Refuse numbers that make no sense, whatever the model."""
-    for name in (
-        "block_size",
-        "max_num_seqs",
-        "max_num_batched_tokens",
-        "max_num_queued_reqs",
-        "max_num_queued_tokens",
-        "max_connections",
-        "sp_min_tokens",
-    ):
-        if getattr(config, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
-    if config.max_sp < 0:
-        raise UsageError("--max-sp must not be negative; 0 lets the cost model decide")
-    for name in ("handover_timeout", "shutdown_timeout"):
-        if not 0 <= getattr(config, name) < math.inf:
-            raise UsageError(f"--{name.replace('_', '-')} must be a number of seconds")
-    for name in ("client_timeout", "request_timeout"):
-        limit = getattr(config, name)
-        if limit is not None and not 0 < limit < math.inf:
-            raise UsageError(f"--{name.replace('_', '-')} must be a number of seconds above 0")
-    if not MIN_WORKER_TIMEOUT_S <= config.worker_timeout < math.inf:
-        raise UsageError(
-            f"--worker-timeout must be at least {MIN_WORKER_TIMEOUT_S:g} seconds: workers give a "
-            "sign of life once a second"
-        )
-    for name in ("slo_ttft", "slo_tpot"):
-        limit = getattr(config, name)
-        if limit is not None and not 0 < limit < math.inf:
-            raise UsageError(f"--{name.replace('_', '-')} must be a number of milliseconds")
-    if config.slo_admission == "reject" and config.slo_ttft is None and config.slo_tpot is None:
-        raise UsageError("--slo-admission reject needs objectives: give --slo-ttft or --slo-tpot")
-    if not 0 < config.gpu_memory_utilization <= 1:
-        raise UsageError("--gpu-memory-utilization must be above 0 and at most 1")
-    if config.max_num_batched_tokens < config.max_num_seqs:
-        raise UsageError(
-            f"--max-num-batched-tokens {config.max_num_batched_tokens} must not be below "
-            f"--max-num-seqs {config.max_num_seqs}: every sequence needs a token in a step"
-        )
-
-
 def seconds(milliseconds: float | None) -> float | None:
     """A limit that was given in milliseconds, None for none."""
     return None if milliseconds is None else milliseconds / 1000
 
 
-def scheduler_config(config: ServeConfig) -> SchedulerConfig:
-    """What the operator chose of placement; times become seconds."""
+def scheduler_config(config: ServeConfig, engine: EngineConfig) -> SchedulerConfig:
+    """What the operator chose of placement, for workers like `engine`; times become seconds."""
     return SchedulerConfig(
         block_size=config.block_size,
-        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_batched_tokens=engine.max_num_batched_tokens,
         max_num_seqs=config.max_num_seqs,
         routing_policy=msgspec.convert(config.routing_policy, RoutingPolicy),
         context_caching=msgspec.convert(config.context_caching, ContextCaching),
@@ -243,7 +208,7 @@ async def serving(config: ServeConfig, prepared: PreparedModel) -> AsyncIterator
         by_cost = "cost" in (config.routing_policy, config.fetch_policy)
         cluster = Cluster(
             plans,
-            Scheduler(scheduler_config(config)),
+            Scheduler(scheduler_config(config, plans[0].engine)),
             max_num_queued_reqs=config.max_num_queued_reqs,
             max_num_queued_tokens=config.max_num_queued_tokens,
             calibration=config.calibration and by_cost,

@@ -29,6 +29,15 @@ int cuDeviceTotalMem_v2(size_t *bytes, int device) {
 }
 
 int cuDeviceGetAttribute(int *value, int attribute, int device) {
-    *value = attribute != 75 ? 0 : device == 10 ? 9 : 7;
+    switch (attribute) {
+    case 75: /* the major number of the compute capability */
+        *value = device == 10 ? 9 : 7;
+        break;
+    case 76: /* and the minor one */
+        *value = device == 10 ? 0 : 5;
+        break;
+    default:
+        *value = -1;
+    }
     return 0;
 }

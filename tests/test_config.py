@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from memserve import launcher, machine
 from memserve.cli import cli
-from memserve.config import ServeConfig, parse_size, read_config_file
+from memserve.config import ServeConfig, check_ranges, parse_size, read_config_file
 from memserve.errors import UsageError
 from memserve.machine import divide_cores
 from memserve.scheduler.interface import Role
@@ -140,7 +140,7 @@ def test_cores_are_divided_among_the_workers(num_workers: int, shares: list[list
 )
 def test_numbers_that_make_no_sense_are_refused(config: ServeConfig) -> None:
     with pytest.raises(UsageError):
-        launcher.check_ranges(config)
+        check_ranges(config)
 
 
 def test_api_keys_come_from_the_flag_and_from_a_file(tmp_path: Path) -> None:

@@ -9,7 +9,15 @@ import pytest
 from memserve import devices, gpus, launcher
 from memserve.cluster.instance import unreadable
 from memserve.config import ServeConfig
-from memserve.devices import Device, assign, choose_dtype, choose_gpus, gpu_cache_bytes
+from memserve.devices import (
+    Device,
+    assign,
+    choose_batched_tokens,
+    choose_dtype,
+    choose_gpus,
+    choose_kv_cache_dtype,
+    gpu_cache_bytes,
+)
 from memserve.errors import UsageError
 from memserve.gpus import Gpu, NoGpu, torch_has_cuda, usable_gpus
 from memserve.model.prepared import PreparedModel
@@ -17,8 +25,8 @@ from memserve.native.build import load_library
 from memserve.pool.refs import ArenaDescriptor, ArenaLayout, DeviceMemory
 from memserve.scheduler.interface import Role
 
-HOPPER = Gpu(0, "H100", 80 << 30, 9)
-TURING = Gpu(1, "T4", 16 << 30, 7)
+HOPPER = Gpu(0, "H100", 80 << 30, (9, 0))
+TURING = Gpu(1, "T4", 16 << 30, (7, 5))
 
 
 def test_workers_take_gpus_in_turn_and_share_their_memory() -> None:
@@ -34,6 +42,35 @@ def test_the_default_type_is_one_that_every_gpu_computes_in() -> None:
     assert choose_dtype(ServeConfig(), [HOPPER]) == "bfloat16"
     assert choose_dtype(ServeConfig(), [HOPPER, TURING]) == "float16"
     assert choose_dtype(ServeConfig(dtype="float32"), [TURING]) == "float32"
+
+
+def test_a_kv_cache_of_a_byte_is_for_gpus_that_convert_it() -> None:
+    ada, ampere = Gpu(0, "L4", 24 << 30, (8, 9)), Gpu(1, "A100", 80 << 30, (8, 0))
+    asked = ServeConfig(kv_cache_dtype="fp8")
+    assert choose_kv_cache_dtype(asked, [HOPPER, ada]) == "fp8"
+    assert choose_kv_cache_dtype(ServeConfig(), [HOPPER]) == "auto"
+    assert choose_kv_cache_dtype(ServeConfig(), []) == "auto"
+    with pytest.raises(UsageError, match=r"fp8 needs .* 8\.9 or more, but the A100 has 8\.0"):
+        choose_kv_cache_dtype(asked, [HOPPER, ampere])
+    with pytest.raises(UsageError, match="--kv-cache-dtype fp8 is built for GPUs only"):
+        choose_kv_cache_dtype(asked, [])
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_kv_of_a_byte_and_int8_history_are_not_served_together(
+    monkeypatch: pytest.MonkeyPatch, demo_model: PreparedModel, device: str
+) -> None:
+    monkeypatch.setattr(devices, "usable_gpus", lambda: [HOPPER])
+    config = ServeConfig(device=device, kv_cache_dtype="fp8", dram_cache_dtype="int8")
+    with pytest.raises(UsageError, match=r"--(kv|dram)-cache-dtype (fp8|int8) is"):
+        launcher.plan_instances(config, demo_model)
+
+
+def test_a_steps_tokens_follow_the_device_unless_given() -> None:
+    assert choose_batched_tokens(ServeConfig(), []) == 512
+    assert choose_batched_tokens(ServeConfig(), [HOPPER]) == 2048
+    assert choose_batched_tokens(ServeConfig(max_num_seqs=600), []) == 600
+    assert choose_batched_tokens(ServeConfig(max_num_batched_tokens=100), [HOPPER]) == 100
 
 
 def test_by_default_each_gpu_gets_a_worker() -> None:
@@ -57,6 +94,7 @@ def test_without_a_gpu_cuda_is_refused_in_a_line_and_auto_serves_on_the_cpu(
     ("config", "flag"),
     [
         (ServeConfig(max_sp=0), "--max-sp"),
+        (ServeConfig(tensor_parallel_size=2), "--tensor-parallel-size"),
         (ServeConfig(dram_cache_dtype="int8"), "--dram-cache-dtype"),
         (ServeConfig(cache_dir="/history"), "--cache-dir"),
     ],
@@ -74,12 +112,28 @@ def test_the_plan_of_each_worker_names_its_gpu_and_its_share(
     monkeypatch: pytest.MonkeyPatch, demo_model: PreparedModel
 ) -> None:
     monkeypatch.setattr(devices, "usable_gpus", lambda: [HOPPER, TURING])
-    config = ServeConfig(mixed=3, gpu_memory_utilization=0.5, enforce_eager=True)
+    config = ServeConfig(
+        mixed=3, gpu_memory_utilization=0.5, enforce_eager=True, max_num_batched_tokens=900
+    )
     engines = [plan.engine for plan in launcher.plan_instances(config, demo_model)]
     assert [engine.device for engine in engines] == ["cuda:0", "cuda:1", "cuda:0"]
     assert [engine.device_memory_bytes >> 30 for engine in engines] == [20, 8, 20]
     assert {(engine.kv_cache_bytes, engine.dtype) for engine in engines} == {(0, "float16")}
     assert all(engine.enforce_eager for engine in engines)
+    assert {launcher.scheduler_config(config, each).max_num_batched_tokens for each in engines} == {
+        900
+    }
+
+
+def test_the_plan_of_each_worker_says_how_kv_is_kept(
+    monkeypatch: pytest.MonkeyPatch, demo_model: PreparedModel
+) -> None:
+    monkeypatch.setattr(devices, "usable_gpus", lambda: [HOPPER])
+    plans = launcher.plan_instances(ServeConfig(mixed=2, kv_cache_dtype="fp8"), demo_model)
+    assert {(plan.engine.dtype, plan.engine.kv_cache_dtype) for plan in plans} == {
+        ("bfloat16", "fp8")
+    }
+    assert {plan.engine.max_num_batched_tokens for plan in plans} == {2048}
 
 
 def test_kv_memory_is_what_was_asked_for_or_found_out_later() -> None:
@@ -104,7 +158,7 @@ def test_two_workers_must_be_able_to_read_each_others_gpu() -> None:
 
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A driver that knows two GPUs, the second of compute capability 7."""
+    """A driver that knows two GPUs, the second of compute capability 7.5."""
     monkeypatch.setattr(gpus, "torch_has_cuda", lambda: True)
     library = load_library("driver", [str(Path(__file__).parent / "driver.c")])
     assert library is not None
@@ -113,8 +167,8 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_gpus_are_asked_of_the_driver(driver: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert usable_gpus(str(driver)) == [
-        Gpu(0, "Fake 0", 80 << 30, 9),
-        Gpu(1, "Fake 1", 16 << 30, 7),
+        Gpu(0, "Fake 0", 80 << 30, (9, 0)),
+        Gpu(1, "Fake 1", 16 << 30, (7, 5)),
     ]
     ctypes.CDLL(str(driver)).set_num_gpus(0)
     with pytest.raises(NoGpu, match="CUDA_VISIBLE_DEVICES"):

@@ -76,11 +76,14 @@ PYTEST = [
     *("-o", "addopts=", "-o", "filterwarnings=default", "-p", "no:cacheprovider"),
 ]
 
+FP8 = ["--shapes", "llama-3.1-8b", "--kv-cache-dtype", "fp8"]
+
 PARTS = (
-    Part("build", ["-c", BUILD], 60),
+    Part("build", ["-c", BUILD], 30),
     Part("tests", PYTEST, 220),
-    Part("memory", ["-m", "memserve.bench.gpu_memory"], 60, is_benchmark=True),
+    Part("memory", ["-m", "memserve.bench.gpu_memory"], 50, is_benchmark=True),
     Part("engine", ["-m", "memserve.bench.gpu_engine"], 240, is_benchmark=True),
+    Part("engine, fp8 KV", ["-m", "memserve.bench.gpu_engine", *FP8], 60, is_benchmark=True),
 )
 
 

@@ -25,6 +25,7 @@ from memserve.model.graphs import DecodeGraphs, cuda_recorder
 from memserve.model.loading import assemble
 from memserve.model.model import Model
 from memserve.model.step import StepInput, one_sequence
+from memserve.pool.refs import KVCacheDType, KVDType
 
 BLOCK_SIZE = 16
 MAX_MODEL_LEN = 8192 + 64
@@ -72,6 +73,7 @@ class Shape(msgspec.Struct, frozen=True):
     name: str
     attention: str
     weight_bytes: int
+    kv_dtype: KVDType
     read_gb_s: float
     decode: list[Decode]
     prefill: list[Prefill]
@@ -135,7 +137,7 @@ def random_model(config: PretrainedConfig, device: torch.device) -> Model:
     )
 
 
-def measure(name: str, device: torch.device) -> Shape:
+def measure(name: str, device: torch.device, kv_cache_dtype: KVCacheDType = "auto") -> Shape:
     """All figures of one of the shapes."""
     config = shapes()[name]
     read = read_rate(device)
@@ -146,14 +148,13 @@ def measure(name: str, device: torch.device) -> Shape:
     # The embedding is looked up, row by row; all other weights are read by every step.
     embedding = config.vocab_size * config.hidden_size
     read_weights = weight_bytes - 2 * embedding
-    spec = model.spec
-    block = (spec.num_layers, 2, BLOCK_SIZE, spec.num_kv_heads, spec.head_dim)
-    block_bytes = 2 * torch.Size(block).numel()
+    layout = model.spec.block_layout(BLOCK_SIZE, kv_cache_dtype)
+    block_bytes = layout.block_bytes
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
-    arena = torch.zeros(
-        (max(0, free - SPARE_BYTES) // block_bytes, *block), dtype=torch.bfloat16, device=device
-    )
+    num_blocks = max(0, free - SPARE_BYTES) // block_bytes
+    kept: torch.dtype = getattr(torch, layout.dtype)
+    arena = torch.zeros((num_blocks, *layout.block_shape), dtype=kept, device=device)
     layers = read_weights // 2 - embedding  # without the output layer
     prefill = [prefill_of(model, arena, count, layers, embedding, matmul) for count in PROMPTS]
     graphs = DecodeGraphs(
@@ -174,7 +175,16 @@ def measure(name: str, device: torch.device) -> Shape:
             kv_bytes = batch * context * block_bytes // BLOCK_SIZE
             floor = (read_weights + kv_bytes) / read
             decode.append(Decode(batch, context, seconds * 1e3, floor * 1e3))
-    return Shape(name, model.attention, weight_bytes, read / 1e9, decode, prefill, no_room)
+    return Shape(
+        name,
+        model.attention,
+        weight_bytes,
+        layout.dtype,
+        read / 1e9,
+        decode,
+        prefill,
+        no_room,
+    )
 
 
 def prefill_of(
@@ -249,7 +259,7 @@ def render(measured: Iterable[Shape]) -> str:
     for shape in measured:
         lines.append(
             f"{shape.name}: weights {shape.weight_bytes / 2**30:.1f} GiB, "
-            f"reads {shape.read_gb_s:,.0f} GB/s, attention {shape.attention}"
+            f"KV in {shape.kv_dtype}, reads {shape.read_gb_s:,.0f} GB/s, attention {shape.attention}"
         )
         lines += [
             f"  decode {each.batch:>4} x {each.context:>5}: {each.milliseconds:8.2f} ms a step, "
@@ -269,13 +279,14 @@ def main(arguments: list[str]) -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="gpu_engine")
     parser.add_argument("--shapes", nargs="+", choices=sorted(shapes()), default=sorted(shapes()))
+    parser.add_argument("--kv-cache-dtype", choices=("auto", "fp8"), default="auto")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         raise UsageError("torch sees no CUDA device here")
     device = torch.device("cuda", torch.cuda.current_device())
     measured = []
     for name in options.shapes:
-        measured.append(measure(name, device))
+        measured.append(measure(name, device, options.kv_cache_dtype))
         gc.collect()  # a model's modules refer to each other
         torch.cuda.empty_cache()
     sys.stdout.write(f"{render(measured)}\n{msgspec.json.encode(measured).decode()}\n")

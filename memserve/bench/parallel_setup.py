@@ -100,9 +100,10 @@ async def cluster(
         max_sp=max_sp,
         sp_min_tokens=1,
     )
-    scheduler = Sized(scheduler_config(config))
+    plans = plan_instances(config, prepared)
+    scheduler = Sized(scheduler_config(config, plans[0].engine))
     made = Cluster(
-        plan_instances(config, prepared),
+        plans,
         scheduler,
         max_num_queued_reqs=config.max_num_queued_reqs,
         calibration=True,

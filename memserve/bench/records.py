@@ -8,7 +8,7 @@ from typing import Literal
 
 import msgspec
 
-from memserve.config import ServeConfig
+from memserve.config import CPU_BATCHED_TOKENS, ServeConfig
 
 DTYPES = Literal["bfloat16", "float32"]
 MATMUL_KINDS = Literal["plain", "prepacked"]
@@ -52,7 +52,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     """Profile decode steps instead of measuring."""
     block_size: int = ServeConfig.block_size
     max_num_seqs: int = ServeConfig.max_num_seqs
-    max_num_batched_tokens: int = ServeConfig.max_num_batched_tokens
+    max_num_batched_tokens: int = CPU_BATCHED_TOKENS
 
 
 class Prefill(msgspec.Struct, frozen=True, kw_only=True):

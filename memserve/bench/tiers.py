@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from memserve.bench.records import DTYPES
-from memserve.config import EngineConfig, ServeConfig
+from memserve.config import CPU_BATCHED_TOKENS, EngineConfig, ServeConfig
 from memserve.errors import UsageError
 from memserve.machine import usable_cores
 from memserve.messages import SamplingParams, Submit
@@ -200,7 +200,7 @@ def tiered_engine(
         cache_dir=cache_dir,
         cache_dir_bytes=FILE_BYTES,
         max_num_seqs=ServeConfig.max_num_seqs,
-        max_num_batched_tokens=ServeConfig.max_num_batched_tokens,
+        max_num_batched_tokens=CPU_BATCHED_TOKENS,
         handover_timeout=ServeConfig.handover_timeout,
         num_threads=torch.get_num_threads(),
         log_level="info",

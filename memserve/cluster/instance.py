@@ -24,7 +24,7 @@ from memserve.messages import (
     StartFailed,
     ToLauncher,
 )
-from memserve.pool.refs import ArenaDescriptor, Tier
+from memserve.pool.refs import ArenaDescriptor, KVDType, Tier
 from memserve.scheduler.interface import Role
 from memserve.stats import EngineStats, add_up
 
@@ -141,6 +141,12 @@ class Instance:
         """Bytes of one block of its HBM arena."""
         assert self.ready is not None
         return self.ready.arenas[Tier.HBM].layout.block_bytes
+
+    @property
+    def kv_dtype(self) -> KVDType:
+        """Type of the values in its HBM arena."""
+        assert self.ready is not None
+        return self.ready.arenas[Tier.HBM].layout.dtype
 
     @property
     def num_cache_tokens(self) -> int:

@@ -113,9 +113,10 @@ class Membership:
             if peer.ready is not None and peer.number != instance.number:
                 instance.require_exchange(peer)
         logger.info(
-            "%s serves: %d tokens of KV cache, %s, %s attention",
+            "%s serves: %d tokens of KV cache in %s, weights in %s, %s attention",
             instance.name,
             instance.num_cache_tokens,
+            instance.kv_dtype,
             instance.ready.dtype,
             instance.ready.attention,
         )

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from memserve.model.model import Model
@@ -21,6 +22,11 @@ log = logging.getLogger(__name__)
 BUCKETS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 
 WORD = torch.int64
+
+ARENAS, MIN_OFFSETS = 4, 1 << 16
+"""A step's sequences, which may share blocks, may have so many times the arena's blocks together, or so
+many, and each as many as the longest text has. To attend to more takes the GPU longer than it takes the
+host to launch the step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,53 +48,79 @@ def bucket_sizes(max_num_seqs: int) -> list[int]:
 
 
 class StepBuffers:
-    """The tensors of a decode step at fixed addresses on a device."""
+    """The tensors of decode steps at fixed addresses on a device, the same for all batch sizes."""
 
-    def __init__(self, num_sequences: int, max_blocks: int, device: torch.device) -> None:
-        self.num_sequences = num_sequences
-        self.max_blocks = max_blocks
+    def __init__(
+        self, max_sequences: int, max_blocks: int, max_offsets: int, device: torch.device
+    ) -> None:
+        """Of steps of at most `max_sequences` sequences of at most `max_blocks` blocks each.
+
+        All their blocks together are `max_offsets` at most.
+        """
+        self._max_blocks = max_blocks
+        self._max_offsets = max_offsets
         on_gpu = device.type == "cuda"
-        half = -(-num_sequences // 2)
-        # The table's stride, tokens, positions, lengths (int32), offsets of blocks.
-        self._parts = [1, num_sequences, num_sequences, half, num_sequences * max_blocks]
+        half = -(-max_sequences // 2)
+        # Tokens, positions, where a sequence's offsets start, lengths (int32), offsets of blocks.
+        self._parts = [max_sequences, max_sequences, max_sequences, half, max_offsets]
         self._host = torch.zeros(sum(self._parts), dtype=WORD, pin_memory=on_gpu)
         self._device = torch.zeros(sum(self._parts), dtype=WORD, device=device)
+        self._ends = torch.arange(max_sequences + 1, dtype=torch.int32, device=device)
+        self._rows = torch.arange(max_sequences, device=device)
+        self._shape = torch.empty(1, 1, dtype=torch.int32, device=device)
         self._copied = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
-        stride, tokens, positions, lengths, offsets = torch.split(self._device, self._parts)
-        self.step = StepInput(
-            token_ids=tokens,
-            positions=positions,
-            query_start=torch.arange(num_sequences + 1, dtype=torch.int32, device=device),
+
+    @property
+    def nbytes(self) -> int:
+        """What they take on the device, and as much on the host."""
+        return self._device.nbytes
+
+    def step(self, num_sequences: int) -> StepInput:
+        """A decode step of so many sequences; what it holds is what was filled in last."""
+        tokens, positions, starts, lengths, offsets = torch.split(self._device, self._parts)
+        return StepInput(
+            token_ids=tokens[:num_sequences],
+            positions=positions[:num_sequences],
+            query_start=self._ends[: num_sequences + 1],
             kv_len=lengths.view(torch.int32)[:num_sequences],
-            block_table=torch.empty(num_sequences, 0, dtype=torch.int32, device=device),
-            output_rows=torch.arange(num_sequences, device=device),
-            offsets=offsets.view(num_sequences, max_blocks),
-            table_stride=stride,
+            block_table=self._shape.expand(num_sequences, self._max_blocks),
+            output_rows=self._rows[:num_sequences],
+            offsets=offsets,
+            table_start=starts[:num_sequences],
         )
 
-    def fill(self, step: StepInput, block_stride: int) -> None:
-        """Take over a decode step from the CPU and pad it; `block_stride` is the arena's."""
+    def fill(self, step: StepInput, num_sequences: int, block_size: int, block_stride: int) -> bool:
+        """Take over a decode step from the CPU, padded to `num_sequences`.
+
+        `block_stride` is the arena's. False, and nothing has changed, if it has too many blocks.
+        """
+        count = len(step.kv_len)
+        counts = -(-step.kv_len.numpy() // block_size)
+        ends = np.cumsum(counts)
+        if counts.max() > self._max_blocks or ends[-1] > self._max_offsets:
+            return False
         if self._copied is not None:
             self._copied.synchronize()
-        count, width = step.block_table.shape
-        stride, tokens, positions, lengths, offsets = torch.split(self._host, self._parts)
-        stride.fill_(width)
+        tokens, positions, starts, lengths, offsets = torch.split(self._host, self._parts)
         for buffer, values in (
             (tokens, step.token_ids),
             (positions, step.positions),
+            (starts, torch.from_numpy(ends - counts)),
             (lengths.view(torch.int32), step.kv_len),
         ):
             buffer[:count] = values
-            buffer[count:] = 0
-        table = offsets[: count * width].view(count, width)
+            buffer[count:num_sequences] = 0
+        used = offsets[: int(ends[-1])]
+        table = (step.block_table if step.offsets is None else step.offsets).numpy()
+        blocks = np.concatenate([row[:n] for row, n in zip(table, counts, strict=True)])
+        used.copy_(torch.from_numpy(blocks))
         if step.offsets is None:
-            table.copy_(step.block_table).mul_(block_stride)
-        else:
-            table.copy_(step.offsets)
-        used = sum(self._parts[:-1]) + count * width
-        self._device[:used].copy_(self._host[:used], non_blocking=True)
+            used.mul_(block_stride)
+        size = sum(self._parts[:-1]) + len(used)
+        self._device[:size].copy_(self._host[:size], non_blocking=True)
         if self._copied is not None:
             self._copied.record()
+        return True
 
 
 class DecodeGraphs:
@@ -105,14 +137,16 @@ class DecodeGraphs:
     ) -> None:
         """Records all buckets, the largest first, so that the others fit into its memory."""
         self._block_stride = arena.stride(0)
-        self._max_blocks = -(-max_model_len // arena.shape[3])
+        self._block_size = arena.shape[3]
         sizes = bucket_sizes(max_num_seqs)
+        max_blocks = -(-max_model_len // self._block_size)
+        max_offsets = min(sizes[-1] * max_blocks, max(MIN_OFFSETS, ARENAS * len(arena)))
         started = time.monotonic()
+        self._buffers = StepBuffers(sizes[-1], max_blocks, max_offsets, arena.device)
         self._logits = torch.empty(sizes[-1], model.spec.vocab_size, device=arena.device)
-        self._graphs: dict[int, tuple[StepBuffers, Recording]] = {}
+        self._graphs: dict[int, Recording] = {}
         for size in reversed(sizes):
-            buffers = StepBuffers(size, self._max_blocks, arena.device)
-            self._graphs[size] = (buffers, record(self._body(model, arena, buffers.step)))
+            self._graphs[size] = record(self._body(model, arena, self._buffers.step(size)))
         self._sizes = sizes
         log.info(
             "recorded decode steps of %s sequences in %.1f s",
@@ -131,13 +165,14 @@ class DecodeGraphs:
 
         The step lies on the CPU. The logits are valid until the next call.
         """
-        count, width = step.block_table.shape
+        count = step.kv_len.numel()
         is_decode = step.token_ids.numel() == count == step.output_rows.numel()
-        if not is_decode or count > self._sizes[-1] or width > self._max_blocks:
+        if not is_decode or count > self._sizes[-1]:
             return None
         size = next(size for size in self._sizes if size >= count)
-        buffers, recording = self._graphs[size]
-        buffers.fill(step, self._block_stride)
+        if not self._buffers.fill(step, size, self._block_size, self._block_stride):
+            return None
+        recording = self._graphs[size]
         recording.replay()
         return recording.output[:count]
 

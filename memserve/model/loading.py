@@ -179,7 +179,10 @@ def _backend(spec: ModelSpec, windows: Sequence[int | None], device: torch.devic
 
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         attention = TritonAttention(
-            num_query_heads=spec.num_query_heads, windows=windows, num_processors=multiprocessors
+            dtype=dtype,
+            num_query_heads=spec.num_query_heads,
+            windows=windows,
+            num_processors=multiprocessors,
         )
         return Backend(attention, Linears(None, Kind.PLAIN), TritonLayerOps())
     kernels = load_kernels()

@@ -2,7 +2,7 @@
 
 import msgspec
 
-from memserve.pool.refs import ArenaLayout, DType
+from memserve.pool.refs import ArenaLayout, DType, KVCacheDType
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -18,10 +18,10 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
     """Tokens a sequence may have, prompt and answer together."""
     dtype: DType
-    """Of weights and KV."""
+    """Of the weights, and of KV that nobody asked to be kept otherwise."""
     eos_token_ids: tuple[int, ...]
 
-    def block_layout(self, block_size: int) -> ArenaLayout:
+    def block_layout(self, block_size: int, kv_cache_dtype: KVCacheDType = "auto") -> ArenaLayout:
         """An arena of one block of the model's KV."""
         return ArenaLayout(
             num_blocks=1,
@@ -29,5 +29,5 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
             block_size=block_size,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
-            dtype=self.dtype,
+            dtype="float8_e4m3fn" if kv_cache_dtype == "fp8" else self.dtype,
         )

@@ -37,9 +37,9 @@ class StepInput:
     """int64 [S, max_blocks]: elements from the arena's first to each block's, for blocks that lie in
     other arenas too; these are only read, and only kernels can. None: all lie in the arena that the
     step is run on, at their numbers."""
-    table_stride: torch.Tensor | None = None
-    """int64 [1], only with `offsets` in a captured graph: elements from one row of them to the next,
-    in place of the tensor's own stride."""
+    table_start: torch.Tensor | None = None
+    """int64 [S], only in a captured graph: `offsets` is flat then, one sequence's behind the other's,
+    and this is where each one's begin. Of `block_table` only the shape counts."""
 
     def to(self, device: torch.device) -> "StepInput":
         """The step on that device; the copies are ordered before what is launched there later."""
@@ -57,7 +57,7 @@ class StepInput:
             block_table=moved(self.block_table),
             output_rows=moved(self.output_rows),
             offsets=None if self.offsets is None else moved(self.offsets),
-            table_stride=None if self.table_stride is None else moved(self.table_stride),
+            table_start=None if self.table_start is None else moved(self.table_start),
         )
 
 

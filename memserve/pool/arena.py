@@ -14,13 +14,18 @@ from memserve.errors import UsageError
 from memserve.machine import available_memory
 from memserve.pool.generations import NativeBlocks
 from memserve.pool.header import blocks_offset, total_bytes
-from memserve.pool.refs import ArenaDescriptor, ArenaLayout, Tier
+from memserve.pool.refs import ArenaDescriptor, ArenaLayout, KVDType, Tier
 from memserve.pool.words import SharedWords
 
 logger = logging.getLogger(__name__)
 
 _FLAGS = {Tier.HBM: "--kv-cache-memory", Tier.DRAM: "--dram-cache-memory"}
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES: dict[KVDType, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+}
 
 
 class AnyArena:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memserve.pool.generations import Int64s, NativeBlocks, Uint32s
-from memserve.pool.refs import SCALE_BYTES, ArenaDescriptor, ArenaLayout, DType
+from memserve.pool.refs import SCALE_BYTES, ArenaDescriptor, ArenaLayout, KVDType
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -27,8 +27,8 @@ Floats = npt.NDArray[np.float32]
 MAX_CODE = 127
 TINY = np.float32(2.0**-100)
 CUT_BITS = 7  # of a float32's 24 significant bits
-_TYPE_NUMBERS: dict[DType, int] = {"float32": 0, "bfloat16": 1, "float16": 2}
-_LARGEST: dict[DType, float] = {
+_TYPE_NUMBERS: dict[KVDType, int] = {"float32": 0, "bfloat16": 1, "float16": 2}
+_LARGEST: dict[KVDType, float] = {
     "float32": (2 - 2**-23) * 2.0**127,
     "bfloat16": (2 - 2**-7) * 2.0**127,
     "float16": 65504.0,
@@ -117,7 +117,7 @@ def block_from_int8(encoded: Bytes, layout: ArenaLayout) -> Bytes:
     return _from_float32(values.ravel(), layout.dtype)
 
 
-def _to_float32(plain: Bytes, dtype: DType) -> Floats:
+def _to_float32(plain: Bytes, dtype: KVDType) -> Floats:
     """Finite values: NaN is 0, infinity the largest number of the type."""
     values: Floats
     if dtype == "bfloat16":
@@ -127,7 +127,7 @@ def _to_float32(plain: Bytes, dtype: DType) -> Floats:
     return np.clip(np.where(np.isnan(values), 0, values), -_LARGEST[dtype], _LARGEST[dtype])
 
 
-def _from_float32(values: Floats, dtype: DType) -> Bytes:
+def _from_float32(values: Floats, dtype: KVDType) -> Bytes:
     if dtype == "bfloat16":
         bits = values.view(np.uint32)
         return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16).view(np.uint8)

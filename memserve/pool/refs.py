@@ -10,9 +10,15 @@ from typing import Literal, TypeAlias
 import msgspec
 
 DType: TypeAlias = Literal["float32", "bfloat16", "float16"]
+"""What models compute in, and are stored in."""
+KVDType: TypeAlias = Literal["float32", "bfloat16", "float16", "float8_e4m3fn"]
+"""What KV is kept in; torch's names. `float8_e4m3fn` is rounded when written, at scale 1, and what
+exceeds its largest number, 448, becomes that."""
+KVCacheDType: TypeAlias = Literal["auto", "fp8"]
+"""What the operator asks for: the model's own type, or `float8_e4m3fn`."""
 Encoding: TypeAlias = Literal["plain", "int8"]
 """How an arena keeps its blocks: as they are computed, or as `memserve.pool.int8` says."""
-DTYPE_BYTES: dict[DType, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES: dict[KVDType, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 
 
 class Tier(IntEnum):
@@ -84,7 +90,7 @@ class ArenaLayout(msgspec.Struct, frozen=True):
     block_size: int
     num_kv_heads: int
     head_dim: int
-    dtype: DType
+    dtype: KVDType
     encoding: Encoding = "plain"
 
     @property
@@ -107,6 +113,7 @@ class ArenaLayout(msgspec.Struct, frozen=True):
 
     def encoded(self, encoding: Encoding) -> "ArenaLayout":
         """The same blocks kept in another way."""
+        assert encoding == "plain" or self.dtype != "float8_e4m3fn", "a byte a value already"
         return msgspec.structs.replace(self, encoding=encoding)
 
     def exchanges_with(self, other: "ArenaLayout") -> bool:

@@ -157,7 +157,9 @@ def _serve(
             block_size=config.block_size,
             ranks=ranks,
         )
-        memory = ShardMemory(join, model.spec.block_layout(config.block_size))
+        memory = ShardMemory(
+            join, model.spec.block_layout(config.block_size, config.kv_cache_dtype)
+        )
         try:
             arenas = memory.arenas
             control.send(Joined([a.descriptor for a in arenas]), [a.fd for a in arenas])

@@ -76,7 +76,7 @@ def _serve(configure: Configure, link: Link, descriptors: socket.socket, lead: L
         cuda = open_gpu(config)
         model = _load(config) if lead is None else lead.load(partial(_load, config, lead.ranks))
         _check_groups(config, model)
-        shape = model.spec.block_layout(config.block_size)
+        shape = model.spec.block_layout(config.block_size, config.kv_cache_dtype)
         if cuda is not None:
             config = with_cache_size(config, model, shape)
         memory = WorkerMemory(

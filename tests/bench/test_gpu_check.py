@@ -12,7 +12,7 @@ from memserve.bench.gpu_check import PARTS, CheckReport, Part, check, render
 from memserve.gpus import Gpu, NoGpu, usable_gpus
 
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "gpu_check"
-GPU = Gpu(0, "H100", 80 << 30, 9)
+GPU = Gpu(0, "H100", 80 << 30, (9, 0))
 GOOD = Part("good", ["-c", "print('table'); print('{\"gb_s\": 1.5}')"], 20, is_benchmark=True)
 
 

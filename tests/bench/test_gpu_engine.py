@@ -37,12 +37,14 @@ def test_the_table_names_what_had_no_room() -> None:
         name="llama-2-13b",
         attention="triton",
         weight_bytes=26 << 30,
+        kv_dtype="float8_e4m3fn",
         read_gb_s=3000.0,
         decode=[Decode(64, 1024, 30.0, 27.0)],
         prefill=[Prefill(2048, 100.0, 300.0, 600.0)],
         no_room=[(256, 8192)],
     )
     table = render([shape])
+    assert "KV in float8_e4m3fn" in table
     assert "30.00 ms a step,  90% of the bandwidth" in table
     assert "50% of a large product" in table
     assert "256 x  8192: no room" in table

@@ -8,8 +8,8 @@ import torch
 from memserve.model.graphs import DecodeGraphs, cuda_recorder
 from memserve.model.loading import load_model
 from memserve.model.model import Model
-from memserve.pool.refs import DType
-from tests.gpu import needs_gpu
+from memserve.pool.refs import DType, KVCacheDType
+from tests.gpu import needs_e4m3, needs_gpu
 from tests.model.paging import Arena, assert_same, run_chunks, run_step, step_of
 from tests.model.tiny import ARCHITECTURES, VOCAB, build, save
 
@@ -59,10 +59,19 @@ def test_bfloat16_is_as_near_to_float32_as_transformers_own_is(name: str, tmp_pa
     assert (got - exact).norm() <= 1.5 * (rounded - exact).norm()
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
-def test_replayed_decode_steps_equal_launched_ones(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        *(("llama", "auto"), ("qwen3", "auto"), ("gemma3", "auto")),
+        pytest.param("llama", "fp8", marks=needs_e4m3),
+        pytest.param("gemma3", "fp8", marks=needs_e4m3),
+    ],
+)
+def test_replayed_decode_steps_equal_launched_ones(
+    name: str, kept: KVCacheDType, tmp_path: Path
+) -> None:
     model = load(save(ARCHITECTURES[name].config(), tmp_path), "cuda", "float32")
-    arena = Arena(model, BLOCK)
+    arena = Arena(model, BLOCK, kv_cache_dtype=kept)
     generator = torch.Generator().manual_seed(5)
     members = [
         arena.sequence(torch.randint(3, VOCAB, (length,), generator=generator))

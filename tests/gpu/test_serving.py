@@ -15,7 +15,7 @@ from memserve.bench.small_model import VOCAB_SIZE, small_model
 from memserve.paths import cache_dir
 from tests.e2e.greedy import assert_greedy
 from tests.e2e.servers import SMALL, ServerProcess, assert_all_home, serve
-from tests.gpu import needs_gpu
+from tests.gpu import needs_e4m3, needs_gpu
 
 pytestmark = needs_gpu
 
@@ -67,6 +67,22 @@ def test_a_prompt_goes_from_one_process_to_the_other_and_survives_their_deaths(
             os.kill(worker, signal.SIGKILL)
             is_greedy(prompt(200), patiently(server, prompt(200)))
         assert_all_home(server, 60)
+
+
+@needs_e4m3
+def test_kv_of_a_byte_is_handed_over_kept_and_served_again(tmp_path: Path) -> None:
+    layout = ("--prefill", "1", "--decode", "1", "--dram-cache-memory", "64M")
+    flags = ("--device", "cuda", "--served-model-name", "small", "--kv-cache-dtype", "fp8")
+    folder = str(small_model(cache_dir()))
+    with serve(folder, *flags, *SMALL, *layout, log=tmp_path / "log") as server:
+        for length in LENGTHS:
+            for _ in range(2):
+                assert len(ask(server, prompt(length))) == NUM_TOKENS
+        prefill, decode = (each["stats"] for each in server.get("/admin/pool")["instances"])
+        assert prefill["num_cached_tokens"] + decode["num_cached_tokens"] >= LENGTHS[-1] // 16 * 16
+        assert decode["num_pulled_blocks"] > 0
+        assert_all_home(server)
+    assert "in float8_e4m3fn" in (tmp_path / "log").read_text()
 
 
 def patiently(server: ServerProcess, tokens: list[int]) -> list[int]:

@@ -31,7 +31,9 @@ def problem(
     head_dim: int = 64,
     block_size: int = 4,
     dtype: torch.dtype = torch.float32,
+    kv_dtype: torch.dtype | None = None,
 ) -> Problem:
+    """`kv_dtype` is the arena's, if it isn't `dtype`; keys and values are numbers that it has."""
     generator = torch.Generator().manual_seed(len(spans) + head_dim)
 
     def random(*shape: int) -> torch.Tensor:
@@ -41,9 +43,9 @@ def problem(
     width = -(-max(lengths) // block_size)
     table = torch.randperm(len(spans) * width, generator=generator).view(-1, width).int()
     shape = (len(spans) * width, LAYERS, 2, block_size, kv_heads, head_dim)
-    arena = torch.full(shape, math.nan, dtype=dtype)
-    keys = [random(n, kv_heads, head_dim) for n in lengths]
-    values = [random(n, kv_heads, head_dim) for n in lengths]
+    arena = torch.full(shape, math.nan, dtype=kv_dtype or dtype)
+    keys = [random(n, kv_heads, head_dim).to(arena.dtype).to(dtype) for n in lengths]
+    values = [random(n, kv_heads, head_dim).to(arena.dtype).to(dtype) for n in lengths]
     counts = torch.tensor([0] + [new for _, new in spans])
     step = StepInput(
         token_ids=torch.zeros(int(counts.sum()), dtype=torch.int64),

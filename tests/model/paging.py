@@ -7,6 +7,7 @@ import torch
 
 from memserve.model.model import Model
 from memserve.model.step import StepInput
+from memserve.pool.refs import KVCacheDType
 
 TOLERANCE = 1e-4
 
@@ -24,13 +25,20 @@ class Paged:
 class Arena:
     """Blocks of a model's shape, handed out in no particular order."""
 
-    def __init__(self, model: Model, block_size: int, num_blocks: int = 64) -> None:
+    def __init__(
+        self,
+        model: Model,
+        block_size: int,
+        num_blocks: int = 64,
+        *,
+        kv_cache_dtype: KVCacheDType = "auto",
+    ) -> None:
         spec = model.spec
         self.block_size = block_size
         self.tensor = torch.full(
             (num_blocks, spec.num_layers, 2, block_size, spec.num_kv_heads, spec.head_dim),
             torch.nan,
-            dtype=getattr(torch, spec.dtype),
+            dtype=getattr(torch, spec.block_layout(block_size, kv_cache_dtype).dtype),
             device=model.device,
         )
         generator = torch.Generator().manual_seed(3)

@@ -16,14 +16,22 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="the extra `test` brings Triton to Linux")
 
-from memserve.model.attention.triton_paged import chunk_tiling, decode_tiling  # noqa: E402
+from memserve.model.attention.triton_paged import (  # noqa: E402
+    chunk_tiling,
+    decode_tiling,
+    power_of_two,
+)
 from memserve.model.kernels.attention import paged_attention  # noqa: E402
+from memserve.model.kernels.layers import rotate_and_write, write_kv  # noqa: E402
 
 ALIGNED = (
     *("query", "output", "arena", "query_stride", "output_stride", "layer_offset"),
     "value_offset",
 )
-H100_SHARED_MEMORY = 227 << 10
+H100, ADA = 90, 89
+SHARED_MEMORY = {H100: 227 << 10, ADA: 99 << 10}
+E4M3_ROUNDED = "cvt.rn.satfinite.e4m3x2"
+"""To nearest, ties to even; what is too large becomes the largest number."""
 HERE = Path(__file__).parent
 
 
@@ -50,22 +58,34 @@ def test_the_kernels_compute_what_they_should_in_the_interpreter(name: str) -> N
     assert " passed" in run.stdout
 
 
-@pytest.mark.parametrize(
-    ("dtype", "head_dim"), [("fp32", 64), ("fp16", 128), ("bf16", 64), ("bf16", 128), ("bf16", 256)]
-)
-@pytest.mark.parametrize("decode", [True, False], ids=["decode", "chunks"])
-def test_attention_compiles_for_an_h100_and_fits_its_shared_memory(
-    dtype: str, head_dim: int, decode: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # without a word 3.9 warns
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kept", "head_dim", "gpu"),
+    [
+        *(("fp32", "fp32", 64, H100), ("fp16", "fp16", 128, H100), ("bf16", "bf16", 64, H100)),
+        *(("bf16", "bf16", 128, H100), ("bf16", "bf16", 256, H100)),
+        *(("fp16", "fp8e4nv", 80, H100), ("bf16", "fp8e4nv", 128, H100)),
+        *(("bf16", "fp8e4nv", 256, H100), ("bf16", "fp8e4nv", 128, ADA)),
+    ],
+)
+@pytest.mark.parametrize("decode", [True, False], ids=["decode", "chunks"])
+def test_attention_compiles_for_a_gpu_and_fits_its_shared_memory(
+    dtype: str, kept: str, head_dim: int, gpu: int, decode: bool
+) -> None:
     itemsize = 4 if dtype == "fp32" else 2
     tiling = (decode_tiling if decode else chunk_tiling)(4, head_dim, itemsize)
-    compiled = compile_for_h100(
+    compiled = compile_for(
+        gpu,
         paged_attention,
         signature={
-            **dict.fromkeys(("query", "output", "arena"), f"*{dtype}"),
-            **dict.fromkeys(("offsets", "table_stride"), "*i64"),
+            **dict.fromkeys(("query", "output"), f"*{dtype}"),
+            "arena": f"*{kept}",
+            **dict.fromkeys(("offsets", "table_start"), "*i64"),
             **dict.fromkeys(("query_start", "kv_len"), "*i32"),
             **dict.fromkeys(("part_sums", "part_peaks", "part_totals"), "*fp32"),
             **dict.fromkeys(("query_stride", "output_stride", "layer_offset"), "i32"),
@@ -75,7 +95,7 @@ def test_attention_compiles_for_an_h100_and_fits_its_shared_memory(
         constants={
             "BLOCK_SIZE": 16,
             "HEAD_DIM": head_dim,
-            "LANES": head_dim,
+            "LANES": power_of_two(head_dim),
             "NUM_KV_HEADS": 8,
             "GROUP": 4,
             "ROWS": tiling.rows,
@@ -91,13 +111,51 @@ def test_attention_compiles_for_an_h100_and_fits_its_shared_memory(
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
     )
-    assert compiled.metadata.shared <= H100_SHARED_MEMORY
+    assert compiled.metadata.shared <= SHARED_MEMORY[gpu]
     if dtype != "fp32":
         assert "mma" in compiled.asm["ptx"]
         assert re.search(r"cp\.async\.c[ag]\.shared\.global .*, (0x10|16)\b", compiled.asm["ptx"])
 
 
-def compile_for_h100(
+@pytest.mark.parametrize(("dtype", "gpu"), [("bf16", H100), ("fp16", ADA)])
+@pytest.mark.parametrize("kernel", [write_kv, rotate_and_write], ids=["plain", "rotated"])
+def test_keys_and_values_of_a_byte_are_rounded_by_the_instruction_for_it(
+    kernel: Any, dtype: str, gpu: int
+) -> None:
+    rows = ("key", "value", "qkv", "query_norm", "key_norm")
+    signature = {
+        **dict.fromkeys(rows, f"*{dtype}"),
+        "arena": "*fp8e4nv",
+        **dict.fromkeys(("cosine", "sine"), "*fp32"),
+        **dict.fromkeys(("offsets", "table_start", "positions"), "*i64"),
+        **dict.fromkeys(("query_start", "kv_len"), "*i32"),
+        **dict.fromkeys(("key_stride", "value_stride", "num_sequences"), "i32"),
+        **dict.fromkeys(("layer_offset", "value_offset"), "i32"),
+        "epsilon": "fp32",
+    }
+    constants = {
+        "BLOCK_SIZE": 16,
+        "WIDTH": 1024,
+        "HALF": 64,
+        "LANES": 64 if kernel is rotate_and_write else 1024,
+        "NUM_QUERY_HEADS": 32,
+        "NUM_KV_HEADS": 8,
+        "HAS_NORMS": False,
+    }
+    compiled = compile_for(
+        gpu,
+        kernel,
+        signature={name: kind for name, kind in signature.items() if name in kernel.arg_names},
+        constants={name: value for name, value in constants.items() if name in kernel.arg_names},
+        aligned=("arena", "layer_offset", "value_offset"),
+        num_warps=1 if kernel is rotate_and_write else 4,
+        num_stages=3,
+    )
+    assert E4M3_ROUNDED in compiled.asm["ptx"]
+
+
+def compile_for(
+    gpu: int,
     kernel: Any,
     *,
     signature: dict[str, str],
@@ -117,4 +175,4 @@ def compile_for_h100(
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     options = {"num_warps": num_warps, "num_stages": num_stages}
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", gpu, 32), options=options)

@@ -5,10 +5,16 @@ import math
 
 import torch
 
+from memserve.model.attention.batch import Rotation
 from memserve.model.attention.triton_paged import TritonAttention
-from tests.model.attention_cases import LAYER, LAYERS, Problem
+from tests.model.attention_cases import LAYER, LAYERS, Problem, problem
 
 LIMITS = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+ODD = (
+    *(0.0, -0.0, 1.0625, 1.1875, 1.9, 1.99, -1.99, 240.0, 247.9, 448.0),  # ties, carries
+    *(2.0**-6, 2.0**-7 * 1.1, 2.0**-9, 2.0**-10, 2.0**-10 * 1.01, -(2.0**-12)),  # subnormal
+    *(449.0, 480.0, 1e4, -6e4, math.inf, -math.inf, math.nan),  # too large
+)
 
 
 def attend(
@@ -25,6 +31,7 @@ def attend(
     step doesn't write itself stays as it was, which is checked, too.
     """
     attention = TritonAttention(
+        dtype=task.query.dtype,
         num_query_heads=task.query.shape[1],
         windows=[window] * LAYERS,
         num_processors=num_processors,
@@ -71,3 +78,34 @@ def in_two_arenas(task: Problem) -> tuple[Problem, torch.Tensor]:
             offsets[row, column] += distance
     step = dataclasses.replace(task.step, offsets=offsets)
     return dataclasses.replace(task, step=step, arena=own), both
+
+
+def assert_rounded_to_a_byte(dtype: torch.dtype, *, rotates: bool, device: str = "cpu") -> None:
+    """Fail unless K and V get into an arena of e4m3 rounded as torch does it, 448 at most."""
+    head_dim, window = 64, [None] * LAYERS
+    kept = torch.float8_e4m3fn
+    task = problem(
+        [(17, 3)], group=2, kv_heads=1, head_dim=head_dim, block_size=16, dtype=dtype, kv_dtype=kept
+    )
+    qkv = 3 * torch.randn(3, 4 * head_dim, generator=torch.Generator().manual_seed(7))
+    for start in (2 * head_dim, 3 * head_dim):
+        qkv[0, start : start + len(ODD)] = torch.tensor(ODD)
+    if rotates:  # by nothing, but that still multiplies, and infinity by 0 is NaN
+        qkv[~qkv.isfinite()] = 6e4
+    qkv = qkv.to(dtype).to(device)
+    keys, values = (qkv[:, None, at : at + head_dim].clone() for at in (128, 192))
+    arena = task.arena.to(device)
+    attention = TritonAttention(dtype=dtype, num_query_heads=2, windows=window, num_processors=1)
+    batch = attention.begin(task.step.to(torch.device(device)), arena)
+    if rotates:
+        cosine = torch.ones(3, head_dim // 2, device=device)
+        still = Rotation(cosine, torch.zeros_like(cosine), None, None, 1e-5)
+        batch.rotate_and_write(LAYER, qkv, still)
+    else:
+        batch.write(LAYER, keys, values)
+    blocks = task.step.block_table[0, task.step.positions // 16].long()
+    written = arena.cpu()[blocks, LAYER, :, task.step.positions % 16]
+    for place, kv in enumerate((keys, values)):
+        want = kv.cpu().float().clamp(-448, 448).to(kept).float()
+        got = written[:, place].float()
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)

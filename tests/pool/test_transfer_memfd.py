@@ -218,6 +218,7 @@ def test_blocks_of_several_instances_are_read_in_one_call(
         {"num_kv_heads": 1},
         {"head_dim": 4},
         {"dtype": "bfloat16"},
+        {"dtype": "float8_e4m3fn"},
     ],
 )
 def test_an_arena_of_other_blocks_is_refused(

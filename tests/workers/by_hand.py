@@ -24,7 +24,7 @@ from memserve.messages import (
 )
 from memserve.pool.cuda_runtime import Cuda
 from memserve.pool.index import pack_tokens
-from memserve.pool.refs import ArenaLayout, BlockRef
+from memserve.pool.refs import ArenaLayout, BlockRef, DType
 from memserve.workers.engine import Engine
 from memserve.workers.fetching import Fetch
 from memserve.workers.link import Event, Link
@@ -85,7 +85,7 @@ class HandEngine:
             weights="",
             eos_token_ids=(),
             device="cpu" if cuda is None else "cuda:0",
-            dtype=shape.dtype,
+            dtype=msgspec.convert(shape.dtype, DType),
             max_model_len=1000,
             block_size=shape.block_size,
             kv_cache_bytes=num_blocks * shape.block_bytes,

@@ -59,6 +59,13 @@ def test_kv_blocks_get_what_the_model_leaves(model: Model, monkeypatch: pytest.M
     assert with_cache_size(given, model, shape) == given
 
 
+def test_kv_of_a_byte_takes_a_byte(model: Model) -> None:
+    exact, small = (model.spec.block_layout(16, kept) for kept in ("auto", "fp8"))
+    assert exact.block_bytes == 4 * small.block_bytes  # the model's type here is float32
+    assert not exact.exchanges_with(small)
+    assert small.dtype == "float8_e4m3fn"
+
+
 def test_a_model_that_fills_its_share_is_refused_with_what_to_change(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:

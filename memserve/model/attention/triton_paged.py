@@ -4,7 +4,7 @@
 waits for the device, and the host looks at shapes only: the grids depend on the numbers of tokens
 and sequences, and everything else is read on the device. So a CUDA graph may replay a step's
 launches with other contents. A sequence with `kv_len` 0 is padding: its KV is not written, and its
-attention is zero.
+attention is zero. An arena of float8_e4m3fn is read into the model's type, a tile at a time.
 
 The kernels run in Triton's interpreter, too, over tensors on the CPU.
 """
@@ -76,9 +76,18 @@ class TritonAttention:
     reads_in_place = True
 
     def __init__(
-        self, *, num_query_heads: int, windows: Sequence[int | None], num_processors: int
+        self,
+        *,
+        dtype: torch.dtype,
+        num_query_heads: int,
+        windows: Sequence[int | None],
+        num_processors: int,
     ) -> None:
-        """`windows` as for `PagedAttention`; `num_processors` is the GPU's multiprocessors."""
+        """`dtype` is the model's, in which is multiplied whatever the arena keeps.
+
+        `windows` as for `PagedAttention`; `num_processors` is the GPU's multiprocessors.
+        """
+        self.dtype = dtype
         self.num_query_heads = num_query_heads
         self.windows = windows
         self.num_processors = num_processors
@@ -122,15 +131,18 @@ class TritonBatch:
         self._num_sequences = step.kv_len.numel()
         self._num_tokens = step.token_ids.numel()
         self._offsets = block_offsets(step, arena)
-        if step.table_stride is None:
-            self._table_stride = self._offsets.new_full((1,), self._offsets.stride(0))
+        max_blocks = step.block_table.shape[1]
+        if step.table_start is None:
+            end = self._num_sequences * max_blocks
+            self._table_start = torch.arange(0, end, max_blocks, device=arena.device)
         else:
-            self._table_stride = step.table_stride
+            self._table_start = step.table_start
         group = self.num_query_heads // self._num_kv_heads
-        self._decode = decode_tiling(group, self._head_dim, arena.element_size())
-        self._chunks = chunk_tiling(group, self._head_dim, arena.element_size())
-        self._precision = "ieee" if arena.dtype == torch.float32 else "tf32"
-        num_tiles = -(-self._offsets.shape[1] * self._block_size // self._decode.columns)
+        itemsize = attention.dtype.itemsize
+        self._decode = decode_tiling(group, self._head_dim, itemsize)
+        self._chunks = chunk_tiling(group, self._head_dim, itemsize)
+        self._precision = "ieee" if attention.dtype == torch.float32 else "tf32"
+        num_tiles = -(-max_blocks * self._block_size // self._decode.columns)
         self._num_parts = attention.num_parts(self._num_sequences, self._num_kv_heads, num_tiles)
         parts = (self._num_sequences, self._num_parts, self.num_query_heads)
         if self._num_parts == 1:
@@ -153,7 +165,7 @@ class TritonBatch:
             key,
             value,
             self._arena,
-            *(self._offsets, self._table_stride, self.step.query_start, self.step.kv_len),
+            *(self._offsets, self._table_start, self.step.query_start, self.step.kv_len),
             self.step.positions,
             *(key.stride(0), value.stride(0)),
             *(layer * self._layer_stride, self._value_offset, self._num_sequences),
@@ -173,7 +185,7 @@ class TritonBatch:
             *(rotation.cosine, rotation.sine),
             *((rotation.query_norm, rotation.key_norm) if has_norms else (qkv, qkv)),
             self._arena,
-            *(self._offsets, self._table_stride, self.step.query_start, self.step.kv_len),
+            *(self._offsets, self._table_start, self.step.query_start, self.step.kv_len),
             self.step.positions,
             *(layer * self._layer_stride, self._value_offset, self._num_sequences),
             rotation.epsilon,
@@ -230,7 +242,7 @@ class TritonBatch:
             query,
             output,
             self._arena,
-            *(self._offsets, self._table_stride, self.step.query_start, self.step.kv_len),
+            *(self._offsets, self._table_start, self.step.query_start, self.step.kv_len),
             *(self._sums, self._peaks, self._totals),
             *(query.stride(0), output.stride(0)),
             *(layer * self._layer_stride, self._value_offset, self._num_sequences),

@@ -18,9 +18,9 @@ from memserve.model.kernels.addressing import find_sequence, load_tile
 def paged_attention(
     query,  # [T, Hq * D], rows query_stride apart
     output,  # the same, rows output_stride apart
-    arena,  # [num_blocks, num_layers, 2, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM]
-    offsets,  # int64 [S, *table_stride]: elements from `arena` to each block
-    table_stride,  # int64 [1]
+    arena,  # [num_blocks, num_layers, 2, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM], of any type
+    offsets,  # int64: elements from `arena` to each block, one sequence's behind the other's
+    table_start,  # int64 [S]: where in `offsets` those of a sequence begin
     query_start,  # [S + 1]
     kv_len,  # [S]
     part_sums,  # float32 [S, NUM_PARTS, Hq, HEAD_DIM]; unused with one part
@@ -69,7 +69,7 @@ def paged_attention(
         length - count, count, skipped, part, window, QUERIES, COLUMNS, HAS_WINDOW, NUM_PARTS
     )
     keys = arena + layer_offset + head * HEAD_DIM
-    table = offsets + sequence * tl.load(table_stride)
+    table = offsets + tl.load(table_start + sequence)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, LANES], tl.float32)
@@ -212,19 +212,24 @@ def _scan(
     is_lane = lane < HEAD_DIM
     # Blocks start at multiples of this many elements; without the hint loads aren't vectorised.
     ALIGNMENT: tl.constexpr = 16 if HEAD_DIM % 16 == 0 else 8
+    # Values of a byte Triton wants 8 at a time, to multiply from; it fails at loads of 16.
+    BYTES: tl.constexpr = keys.dtype.element_ty.primitive_bitwidth == 8
+    VALUE_ALIGNMENT: tl.constexpr = 8 if BYTES else ALIGNMENT
     for start in range(begin, end, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         inside = column < end
         block = load_tile(table + column // BLOCK_SIZE, inside, inside, MASKED, False)
-        block = tl.multiple_of(block.to(tl.int64), [ALIGNMENT])
-        place = block + column % BLOCK_SIZE * (NUM_KV_HEADS * HEAD_DIM)
+        block = block.to(tl.int64)
+        row = column % BLOCK_SIZE * (NUM_KV_HEADS * HEAD_DIM)
+        # A hint belongs to the sum that it is given for, so there are two of them.
+        key_place = tl.multiple_of(block + row, [ALIGNMENT])
         key = load_tile(
-            keys + place[None, :] + lane[:, None],
+            keys + key_place[None, :] + lane[:, None],
             inside[None, :],
             is_lane[:, None],
             MASKED,
             LANES != HEAD_DIM,
-        )
+        ).to(queries.dtype)
         scores = tl.dot(queries, key, input_precision=PRECISION) * scale
         if MASKED:
             visible = inside[None, :] & (column[None, :] <= newest[:, None])
@@ -236,13 +241,14 @@ def _scan(
         reference = tl.where(top == float("-inf"), 0.0, top) if MASKED else top
         weights = tl.exp2(scores - reference[:, None])
         fading = tl.exp2(peak - reference)
+        value_place = tl.multiple_of(block + row, [VALUE_ALIGNMENT])
         value = load_tile(
-            keys + value_offset + place[:, None] + lane[None, :],
+            keys + value_offset + value_place[:, None] + lane[None, :],
             inside[:, None],
             is_lane[None, :],
             MASKED,
             LANES != HEAD_DIM,
-        )
+        ).to(queries.dtype)
         total = total * fading + tl.sum(weights, 1)
         sums = tl.dot(
             weights.to(value.dtype), value, sums * fading[:, None], input_precision=PRECISION

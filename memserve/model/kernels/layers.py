@@ -1,6 +1,8 @@
 """The small operators of a decoder layer, fused; arithmetic in float32, storage in the model's type.
 
-The counterparts of memserve/native/layer_ops.cpp, with the same roundings in between.
+The counterparts of memserve/native/layer_ops.cpp, with the same roundings in between. K and V become
+what the arena holds; as e4m3 they are rounded to nearest, ties to even, and what is too large becomes
+the largest number, as the GPU's conversion does it.
 """
 
 import triton
@@ -60,7 +62,7 @@ def rotate_and_write(
     key_norm,
     arena,
     offsets,
-    table_stride,
+    table_start,
     query_start,
     kv_len,
     positions,
@@ -109,14 +111,15 @@ def rotate_and_write(
     if tl.load(kv_len + sequence) == 0:  # padding
         return
     position = tl.load(positions + token)
-    block = tl.load(offsets + sequence * tl.load(table_stride) + position // BLOCK_SIZE)
+    block = tl.load(offsets + tl.load(table_start + sequence) + position // BLOCK_SIZE)
     kv_head = (head - NUM_QUERY_HEADS) % NUM_KV_HEADS
     row = position % BLOCK_SIZE * NUM_KV_HEADS + kv_head
     slot = arena + block + layer_offset + row * (2 * HALF) + lane
     if head >= NUM_QUERY_HEADS + NUM_KV_HEADS:
         slot += value_offset
-    tl.store(slot, low.to(kind), mask=is_lane)
-    tl.store(slot + HALF, high.to(kind), mask=is_lane)
+    # First as the model has them, whatever the arena keeps: as `write_kv` would get them.
+    tl.store(slot, low.to(kind).to(arena.dtype.element_ty), mask=is_lane)
+    tl.store(slot + HALF, high.to(kind).to(arena.dtype.element_ty), mask=is_lane)
 
 
 @triton.jit
@@ -125,7 +128,7 @@ def write_kv(
     value,
     arena,
     offsets,
-    table_stride,
+    table_start,
     query_start,
     kv_len,
     positions,
@@ -144,7 +147,7 @@ def write_kv(
     if tl.load(kv_len + sequence) == 0:  # padding
         return
     position = tl.load(positions + token)
-    block = tl.load(offsets + sequence * tl.load(table_stride) + position // BLOCK_SIZE)
+    block = tl.load(offsets + tl.load(table_start + sequence) + position // BLOCK_SIZE)
     slot = arena + block + layer_offset + position % BLOCK_SIZE * WIDTH
     lane = tl.arange(0, LANES)
     is_lane = lane < WIDTH

@@ -10,6 +10,7 @@ from memserve.model.attention.triton_paged import TritonAttention
 from memserve.model.layer_ops import NativeLayerOps
 from memserve.model.triton_ops import TritonLayerOps
 from tests.model.attention_cases import LAYERS, problem
+from tests.model.triton_cases import assert_rounded_to_a_byte
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
@@ -69,7 +70,7 @@ def test_rotation_and_the_writing_of_keys_and_values(
     results = []
     for attention in (
         PagedAttention(kernels, num_query_heads=2, windows=windows),
-        TritonAttention(num_query_heads=2, windows=windows, num_processors=1),
+        TritonAttention(dtype=dtype, num_query_heads=2, windows=windows, num_processors=1),
     ):
         arena = torch.zeros_like(task.arena)
         qkv = random(3, 4 * head_dim, dtype=dtype)
@@ -80,3 +81,13 @@ def test_rotation_and_the_writing_of_keys_and_values(
     assert_rounded(got_query, want_query)
     assert_rounded(got_arena, want_arena)
     assert want_arena[:, 1].count_nonzero() > 0
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
+)
+@pytest.mark.parametrize("rotates", [False, True], ids=["plain", "rotated"])
+def test_keys_and_values_are_rounded_to_a_byte_as_torch_does_and_never_overflow(
+    dtype: torch.dtype, rotates: bool
+) -> None:
+    assert_rounded_to_a_byte(dtype, rotates=rotates)

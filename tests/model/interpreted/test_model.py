@@ -1,5 +1,6 @@
 """A whole model over the kernels, launched one by one and replayed as graphs would be."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,9 +8,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memserve.model.attention.triton_paged import TritonAttention
+from memserve.model.attention.triton_paged import TritonAttention, TritonBatch
 from memserve.model.fused import FusedDecoder
-from memserve.model.graphs import DecodeGraphs, Recording
+from memserve.model.graphs import DecodeGraphs, Recording, StepBuffers
 from memserve.model.linear import Kind, Linears
 from memserve.model.loading import load_model
 from memserve.model.model import Model, Transformer
@@ -34,7 +35,10 @@ def on_triton(name: str, reference: Model, *, fused: bool) -> Model:
     else:
         network = Transformer(module, linears)
     attention = TritonAttention(
-        num_query_heads=reference.spec.num_query_heads, windows=windows, num_processors=8
+        dtype=torch.float32,
+        num_query_heads=reference.spec.num_query_heads,
+        windows=windows,
+        num_processors=8,
     )
     return Model(reference.spec, network, attention)
 
@@ -104,6 +108,58 @@ def test_a_recorded_step_serves_every_batch_up_to_its_size(tmp_path: Path) -> No
     torch.testing.assert_close(arena.tensor, theirs.tensor, equal_nan=True)
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_kv_of_a_byte_gives_the_logits_of_rounded_keys_and_values(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = on_triton(name, reference_model(name, tmp_path), fused=False)
+    write = TritonBatch.write
+
+    def write_rounded(batch: TritonBatch, layer: int, *kv: torch.Tensor) -> None:
+        key, value = (each.to(torch.float8_e4m3fn).float() for each in kv)
+        write(batch, layer, key, value)
+
+    results = []
+    for kept in (None, "auto", "fp8"):
+        arena = Arena(model, BLOCK, kv_cache_dtype="fp8" if kept == "fp8" else "auto")
+        with monkeypatch.context() as patched:
+            if kept == "auto":
+                patched.setattr(TritonBatch, "write", write_rounded)
+            members = sequences(arena, [6, 4])
+            run_step(model, arena, [(each, len(each.tokens) - 1) for each in members])
+            graphs = DecodeGraphs(
+                model, arena.tensor, max_num_seqs=2, max_model_len=64, record=replayed
+            )
+            logits = graphs.forward(step_of([(each, 1) for each in members]))
+            assert logits is not None
+            results.append(logits.clone())
+    exact, want, got = results
+    assert_same(got, want)
+    assert (want - exact).abs().max() > 0.01
+
+
+def test_what_graphs_keep_for_block_tables_follows_the_arena(tmp_path: Path) -> None:
+    model = on_triton("llama", reference_model("llama", tmp_path), fused=True)
+    arena = Arena(model, BLOCK)
+    buffers = [StepBuffers(8, blocks, 100, torch.device("cpu")) for blocks in (10, 100_000)]
+    assert buffers[0].nbytes == buffers[1].nbytes == 8 * (3 * 8 + 4 + 100)
+    (short, long) = sequences(arena, [3, 5])
+    step = step_of([(short, 1), (long, 1)])
+    step.kv_len[:] = torch.tensor([4 * 60, 4 * 40])  # 100 blocks
+    table = torch.arange(60, dtype=torch.int32).expand(2, 60).contiguous()
+    step = dataclasses.replace(step, block_table=table)
+    assert buffers[1].fill(step, 4, BLOCK, 1000)
+    filled = buffers[1].step(4)
+    assert filled.table_start is not None
+    assert filled.offsets is not None
+    assert filled.table_start.tolist() == [0, 60, 0, 0]
+    assert filled.kv_len.tolist() == [240, 160, 0, 0]
+    assert filled.offsets.tolist() == [1000 * n for n in (*range(60), *range(40))]
+    step.kv_len[0] += 1
+    assert not buffers[1].fill(step, 4, BLOCK, 1000), "a block more than there is room for"
+    assert not buffers[0].fill(step, 4, BLOCK, 1000), "a sequence longer than any"
+
+
 def test_steps_that_are_no_decode_of_that_size_are_left_alone(tmp_path: Path) -> None:
     model = on_triton("llama", reference_model("llama", tmp_path), fused=True)
     arena = Arena(model, BLOCK)
@@ -112,6 +168,7 @@ def test_steps_that_are_no_decode_of_that_size_are_left_alone(tmp_path: Path) ->
     (long,) = sequences(arena, [40])
     assert graphs.forward(step_of([(chunk, 5)])) is None
     assert graphs.forward(step_of([(each, 1) for each in many])) is None
+    long.num_computed = 39  # longer than any may be
     assert graphs.forward(step_of([(long, 1)])) is None
 
 
