@@ -7,7 +7,8 @@ import dataclasses
 import itertools
 import time
 from array import array
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 import numpy as np
@@ -31,6 +32,8 @@ class Sized(Scheduler):
     def __init__(self, config: SchedulerConfig) -> None:
         super().__init__(config)
         self.num_ranks: int | None = None
+        self.order: list[int] = []
+        """Instances as they are taken; those that aren't named come last."""
         self.ranks: list[int] = []
         """The instances that the last prompt was given to."""
 
@@ -40,15 +43,19 @@ class Sized(Scheduler):
             ask = dataclasses.replace(ask, may_share=False)
         placement = super().place(ask, now)
         if self.num_ranks is not None and self.num_ranks > 1:
-            first = placement.prefill
-            others = [number for number in self.roles() if number != first]
-            ranks = [first, *others[: self.num_ranks - 1]]
+            left = [number for number in self.roles() if number not in self.order]
+            ranks = [*self.order, *left][: self.num_ranks]
             (chunk,) = self._chooser.chunk_tokens(
                 np.zeros(1), len(ask.prompt), np.array([self.num_ranks])
             ).tolist()
             plan = GroupPlan(ranks, chunk, [])
             placement = dataclasses.replace(
-                placement, decode=first, num_cached_tokens=0, fetch=None, group=plan
+                placement,
+                prefill=ranks[0],
+                decode=ranks[0],
+                num_cached_tokens=0,
+                fetch=None,
+                group=plan,
             )
         self.ranks = placement.group.instances if placement.group else [placement.prefill]
         return placement
@@ -110,7 +117,18 @@ async def cluster(
         max_sp=max_sp,
     )
     async with made.running():
+        scheduler.order = by_cores({one.number: one.plan.cores for one in made.instances})
         yield made, scheduler
+
+
+def by_cores(cores: Mapping[int, Sequence[int]]) -> list[int]:
+    """Instances in such an order that the first ones share no core, as far as that goes."""
+    met: Counter[int] = Counter()
+    order = {}
+    for number, own in sorted(cores.items()):
+        order[number] = max(met[core] for core in own)
+        met.update(own)
+    return sorted(order, key=lambda number: (order[number], number))
 
 
 async def first_token(served: Cluster, asked: Generation) -> float:

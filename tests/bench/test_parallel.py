@@ -6,7 +6,7 @@ import pytest
 from memserve.bench.parallel import FirstToken, Shared
 from memserve.bench.parallel_command import parse_options
 from memserve.bench.parallel_mixed import Mixed
-from memserve.bench.parallel_setup import Prompts, Sized
+from memserve.bench.parallel_setup import Prompts, Sized, by_cores
 from memserve.bench.parallel_table import Report, render
 from memserve.scheduler.interface import Ask, Role, SchedulerConfig
 
@@ -52,15 +52,23 @@ def test_a_prompt_goes_to_as_many_workers_as_are_asked_for() -> None:
     )
     for number in range(4):
         scheduler.join(number, Role.MIXED, num_blocks=[1000], block_bytes=64, epoch=1)
+    scheduler.order = [2, 0]
     ask = Ask(prompt=np.arange(4096).tolist(), max_tokens=1)
     for size in (1, 2, 3, 4):
         scheduler.num_ranks = size
         placement = scheduler.place(ask, 0.0)
         assert len(set(scheduler.ranks)) == size
+        assert size == 1 or scheduler.ranks == [2, 0, 1, 3][:size]
         assert (placement.group is None) == (size == 1)
     scheduler.num_ranks = None
     assert scheduler.place(ask, 0.0).group is not None
     assert len(scheduler.ranks) > 1
+
+
+def test_ranks_are_taken_from_different_cores_first() -> None:
+    assert by_cores({0: [0], 1: [0], 2: [1], 3: [1]}) == [0, 2, 1, 3]
+    assert by_cores({0: [0], 1: [1], 2: [0], 3: [1]}) == [0, 1, 2, 3]
+    assert by_cores({0: [0, 1], 1: [2, 3], 2: [1, 2]}) == [0, 1, 2]
 
 
 def test_prompts_never_repeat_and_keep_to_the_vocabulary() -> None:

@@ -247,6 +247,38 @@ def test_kept_blocks_give_way_to_whoever_needs_the_room() -> None:
         assert kept_blocks(launcher) == 0
 
 
+def test_what_is_being_copied_when_the_request_ends_becomes_the_leaders_history() -> None:
+    with running(*made(2)) as launcher:
+        leader, prompt, go_on = launcher.engines[0], text(5, 81), threading.Event()
+        leader.memory.copier._thread.submit(go_on.wait)
+        asked = launcher.submit(1, prompt, (0, 1), max_tokens=6, keeps=True)
+        launcher.finish(1)
+        launcher.until(lambda: kept_blocks(launcher) > 0)
+        assert not asked.gathered
+        go_on.set()
+        launcher.until(lambda: asked.gathered and quiet(launcher))
+        leader.submit(2, prompt)
+        launcher.until(lambda: leader.finished(2))
+        assert leader.num_cached(2) == 80
+        assert leader.answers(prompt, 2)
+
+
+def test_kept_blocks_give_way_while_they_are_being_copied() -> None:
+    with running(*made(2, num_blocks=24)) as launcher:
+        leader, go_on = launcher.engines[0], threading.Event()
+        leader.memory.copier._thread.submit(go_on.wait)
+        kept = launcher.submit(1, text(1, 40), (0, 1), max_tokens=6, keeps=True)
+        launcher.finish(1)
+        launcher.until(lambda: kept_blocks(launcher) > 0)
+        prompt = text(2, 20 * BLOCK_SIZE)
+        leader.submit(2, prompt)
+        launcher.until(lambda: kept.let_go > 0 and quiet(launcher))
+        go_on.set()
+        launcher.until(lambda: leader.finished(2))
+        assert leader.answers(prompt, 2)
+        assert not kept.gathered
+
+
 def kept_blocks(launcher: FakeLauncher) -> int:
     return sum(e.engine._groups.num_kept_blocks for e in launcher.engines.values())
 
