@@ -78,6 +78,9 @@ class ServeConfig:
     enforce_eager: bool = _flag(
         False, "Launch each step's kernels one by one instead of replaying CUDA graphs; GPUs only."
     )
+    async_scheduling: bool = _flag(
+        True, "Launch a decode step while the one before it still runs; GPUs only."
+    )
     block_size: int = _flag(16, "Tokens in one KV block.")
     gpu_memory_utilization: float = _flag(
         0.92,
@@ -232,6 +235,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     enforce_eager: bool = False
     tokenizer: str = ""
     """Path of the model's `tokenizer.json`; empty: no answer can be held to a grammar."""
+    async_scheduling: bool = True
+    """Whether the next step may be launched before this one has ended, where the device allows it."""
     num_threads: int
     rank_cores: tuple[tuple[int, ...], ...] = ()
     """Cores of each process of an instance that has several; the memory above is one's."""

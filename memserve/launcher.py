@@ -104,6 +104,7 @@ def plan_instances(config: ServeConfig, prepared: PreparedModel) -> list[Instanc
         transfer_granularity=config.transfer_granularity,
         max_sp=config.max_sp,
         enforce_eager=config.enforce_eager,
+        async_scheduling=config.async_scheduling,
         num_threads=len(shares[0][0]),
         log_level=config.log_level,
     )

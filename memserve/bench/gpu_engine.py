@@ -4,7 +4,7 @@ The weights are random, built from the configurations below; nothing is download
 one replay of its graph and no sampling; its floor is the bytes of weights and KV that it must read
 over the best rate at which this process reads or copies memory. A prefill is one prompt in one step;
 its ceiling is a large matrix product. Times are medians of CUDA events, so the host's work counts
-only where the GPU waits for it.
+only where the GPU waits for it. Steps of the whole engine stand beside them (`gpu_overlap`).
 
 `python -m memserve.bench.gpu_engine` prints a table and one JSON line. Needs a GPU.
 """
@@ -20,6 +20,8 @@ import msgspec
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
 
+from memserve.bench import gpu_overlap
+from memserve.bench.gpu_overlap import EngineStep
 from memserve.errors import UsageError
 from memserve.model.graphs import DecodeGraphs, cuda_recorder
 from memserve.model.loading import assemble
@@ -32,6 +34,7 @@ MAX_MODEL_LEN = 8192 + 64
 BATCHES = (1, 8, 64, 256)
 CONTEXTS = (1024, 8192)
 PROMPTS = (2048, 8192)
+ENGINE_BATCHES, ENGINE_STEPS = (1, 8, 64), 40
 WARM_UPS, ROUNDS = 3, 10
 MATMUL_SIZE = 8192
 READ_BYTES = 2 << 30
@@ -77,6 +80,7 @@ class Shape(msgspec.Struct, frozen=True):
     read_gb_s: float
     decode: list[Decode]
     prefill: list[Prefill]
+    engine: list[EngineStep]
     no_room: list[tuple[int, int]]
     """(batch, context) whose KV didn't fit beside the weights."""
 
@@ -175,6 +179,14 @@ def measure(name: str, device: torch.device, kv_cache_dtype: KVCacheDType = "aut
             kv_bytes = batch * context * block_bytes // BLOCK_SIZE
             floor = (read_weights + kv_bytes) / read
             decode.append(Decode(batch, context, seconds * 1e3, floor * 1e3))
+    engine = gpu_overlap.engine_steps(
+        model,
+        arena,
+        graphs,
+        batches=ENGINE_BATCHES,
+        context=CONTEXTS[0],
+        num_steps=ENGINE_STEPS,
+    )
     return Shape(
         name,
         model.attention,
@@ -183,6 +195,7 @@ def measure(name: str, device: torch.device, kv_cache_dtype: KVCacheDType = "aut
         read / 1e9,
         decode,
         prefill,
+        engine,
         no_room,
     )
 
@@ -266,6 +279,7 @@ def render(measured: Iterable[Shape]) -> str:
             f"{each.share:4.0%} of the bandwidth"
             for each in shape.decode
         ]
+        lines += gpu_overlap.render(shape.engine)
         lines += [f"  decode {b:>4} x {c:>5}: no room for its KV" for b, c in shape.no_room]
         lines += [
             f"  prefill {each.num_tokens:>9}: {each.milliseconds:8.2f} ms, "

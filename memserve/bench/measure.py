@@ -25,6 +25,7 @@ from memserve.pool.arena import Arena
 from memserve.pool.generations import load_native_blocks
 from memserve.pool.mempool import MemPool
 from memserve.pool.refs import ArenaLayout
+from memserve.workers.runner import Runner
 
 log = logging.getLogger(__name__)
 
@@ -53,11 +54,11 @@ class DecodeTimes:
 
 def measure(task: Task) -> Worker:
     """All figures of one worker on the task's cores."""
-    with bench_model(task) as (model, arena, pool), ExitStack() as stack:
+    with bench_model(task) as (model, runner, pool), ExitStack() as stack:
 
         def subject(max_num_batched_tokens: int) -> EngineSubject:
             config = engine_config(task, model, max_num_batched_tokens)
-            return stack.enter_context(closing(EngineSubject(config, model, arena, pool)))
+            return stack.enter_context(closing(EngineSubject(config, runner, pool)))
 
         engine = subject(task.max_num_batched_tokens)
         whole = subject(max(task.max_num_batched_tokens, *task.sizes.prompt_lengths))
@@ -184,10 +185,10 @@ def profile_decode(task: Task) -> Profile:
     context = min(task.sizes.contexts)
     tables = []
     cores = f"{len(task.cores)} core{'s' if len(task.cores) > 1 else ''}"
-    with bench_model(task) as (model, arena, pool):
+    with bench_model(task) as (model, runner, pool):
         config = engine_config(task, model, task.max_num_batched_tokens)
         prompts = Prompts(model.spec.vocab_size)
-        with closing(EngineSubject(config, model, arena, pool)) as subject:
+        with closing(EngineSubject(config, runner, pool)) as subject:
             for batch in task.sizes.batches:
                 texts = [prompts.new(context) for _ in range(batch)]
                 step_ms = statistics.median(subject.decode(texts, PROFILE_STEPS)) * 1e3
@@ -223,7 +224,7 @@ class Prompts:
 
 
 @contextmanager
-def bench_model(task: Task) -> Iterator[tuple[Model, Arena, MemPool]]:
+def bench_model(task: Task) -> Iterator[tuple[Model, Runner, MemPool]]:
     """What a worker builds before its engine; the arena has room for every measurement."""
     model = load_model(
         Path(task.weights),
@@ -253,6 +254,7 @@ def bench_model(task: Task) -> Iterator[tuple[Model, Arena, MemPool]]:
     )
     arena = Arena(layout, instance=0, epoch=0, native=load_native_blocks())
     try:
-        yield model, arena, MemPool(arena.descriptor, arena.generations)
+        runner = Runner(model, arena.tensor, eos_token_ids=model.spec.eos_token_ids)
+        yield model, runner, MemPool(arena.descriptor, arena.generations)
     finally:
         arena.close()

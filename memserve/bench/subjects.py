@@ -21,12 +21,11 @@ from memserve.bench.records import Task
 from memserve.config import EngineConfig, ServeConfig
 from memserve.messages import Abort, SamplingParams, Submit
 from memserve.model.model import Model
-from memserve.pool.arena import Arena
 from memserve.pool.index import pack_tokens
 from memserve.pool.mempool import MemPool
 from memserve.workers.engine import Engine
 from memserve.workers.link import Link
-from memserve.workers.runner import Runner
+from memserve.workers.runner import StepRunner
 from memserve.workers.samples import Samples
 
 ENDLESS = 1 << 20
@@ -54,10 +53,10 @@ class EngineSubject:
     """A worker's engine (scheduler, pool, model, sampler, messages) whose steps are timed.
 
     Tokens go out through the real link and its thread; in the launcher's place a socket keeps them
-    unread. Several may share one model, arena and pool as long as they take turns.
+    unread. Several may share one runner and pool as long as they take turns.
     """
 
-    def __init__(self, config: EngineConfig, model: Model, arena: Arena, pool: MemPool) -> None:
+    def __init__(self, config: EngineConfig, runner: StepRunner, pool: MemPool) -> None:
         self._launcher, worker = socket.socketpair()
         self._launcher.setblocking(False)
         self._link = Link(worker)
@@ -66,7 +65,7 @@ class EngineSubject:
             config,
             self._link,
             pool,
-            Runner(model, arena.tensor, eos_token_ids=config.eos_token_ids),
+            runner,
             start_copy=_no_peer,
             start_swap=_no_peer,
             start_pull=_no_peer,
@@ -118,7 +117,8 @@ class EngineSubject:
         finally:
             for ticket in tickets:
                 self._link.inbox.put(Abort(ticket))
-            self._engine.step()
+            while self._engine.step():  # one that was launched ahead comes before the aborts
+                pass
             self._discard_messages()
 
     def _submit(self, prompt: list[int], *, max_tokens: int) -> int:

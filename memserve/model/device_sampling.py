@@ -1,4 +1,4 @@
-"""Sampling where the logits lie: the whole batch at once, and the host waits once for its tokens.
+"""Sampling where the logits lie: the whole batch at once, and the host waits once, when it likes.
 
 The same rules and the same random numbers as `memserve.model.sampling`, so the same token for the
 same logits; sums and exponentials may round another way, which matters only where a number falls on
@@ -6,7 +6,8 @@ a border to the last digit. What grammars take comes from the host, one byte a t
 penalties, biases or log-probabilities are rare and go to the host, those rows alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import final
 
 import numpy as np
 import torch
@@ -21,18 +22,56 @@ from memserve.model.sampling import (
 )
 
 
-def sample_on_device(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
+@final
+class Drawing:
+    """The tokens of one batch while they are drawn on a device, and until the host has them."""
+
+    def __init__(
+        self, tokens: torch.Tensor, shaped: torch.Tensor, rows: Mapping[int, SampleRow]
+    ) -> None:
+        """`tokens` int64 [N] are right but for `rows`, whose logits are `shaped`, in their order."""
+        self._tokens = tokens
+        self._shaped = shaped
+        self._rows = rows
+        self._on_host = tokens
+        self._copied: torch.cuda.Event | None = None
+        if tokens.is_cuda:
+            self._on_host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            self._on_host.copy_(tokens, non_blocking=True)
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied.record()
+
+    @property
+    def all_on_device(self) -> bool:
+        """Whether the host draws none of the tokens, so that what comes next need not wait for it."""
+        return not self._rows
+
+    def pick(self, indexes: Sequence[int]) -> torch.Tensor:
+        """The tokens of these rows, int64 on the device, in the order of what is launched there."""
+        return self._tokens[_to_device(indexes, torch.int64, self._tokens.device)]
+
+    def result(self) -> list[Sampled]:
+        """Wait for the tokens, and so for all that was launched before them; draw the host's."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        sampled = [Sampled(token) for token in self._on_host.tolist()]
+        if self._rows:
+            drawn = sample(self._shaped.cpu(), [*self._rows.values()])
+            for index, one in zip(self._rows, drawn, strict=True):
+                sampled[index] = one
+        return sampled
+
+
+def draw_all(logits: torch.Tensor, rows: Sequence[SampleRow]) -> Drawing:
     """Draw one token per row of `logits`, float32 [len(rows), vocab_size], on their device.
 
-    The logits are left as they are.
+    Launches that and doesn't wait. The logits are left as they are, and not looked at afterwards.
     """
     assert logits.shape[0] == len(rows)
-    if not rows:
-        return []
-    on_host, drawn = [], []
+    on_host, drawn = {}, []
     for index, row in enumerate(rows):
         if is_shaped(row) or row.sampling.logprobs is not None:
-            on_host.append(index)
+            on_host[index] = row
         elif not is_plain_greedy(row):
             drawn.append(index)
     taken = _taken_by_grammars(logits, rows)
@@ -40,13 +79,9 @@ def sample_on_device(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[Sa
     if drawn:
         chosen = _to_device(drawn, torch.int64, logits.device)
         tokens[chosen] = draw(taken[chosen], [rows[index] for index in drawn])
-    sampled = [Sampled(token) for token in tokens.tolist()]
-    if on_host:
-        chosen = _to_device(on_host, torch.int64, logits.device)
-        shaped = sample(logits[chosen].cpu(), [rows[index] for index in on_host])
-        for index, result in zip(on_host, shaped, strict=True):
-            sampled[index] = result
-    return sampled
+    # A copy, since the next step may be launched, and its logits take this place, before they are read.
+    shaped = logits[_to_device([*on_host], torch.int64, logits.device)] if on_host else logits[:0]
+    return Drawing(tokens, shaped, on_host)
 
 
 def draw(logits: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
@@ -75,11 +110,11 @@ def draw(logits: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
     if largest_k:
         best = logits.topk(largest_k).values
         lowest = best.gather(1, (top_k.long() - 1).clamp(max=largest_k - 1))
-        weights[(logits < lowest) & (top_k < vocab_size)] = 0.0
+        weights.masked_fill_((logits < lowest) & (top_k < vocab_size), 0.0)
     if any(p.min_p > 0.0 for p in params):
-        weights[weights < min_p.float()] = 0.0
+        weights.masked_fill_(weights < min_p.float(), 0.0)
     if any(p.top_p < 1.0 for p in params):
-        weights[(weights < _nucleus_border(weights, top_p)) & (top_p < 1.0)] = 0.0
+        weights.masked_fill_((weights < _nucleus_border(weights, top_p)) & (top_p < 1.0), 0.0)
     cumulative = weights.cumsum(-1, dtype=torch.float64)
     wanted = number * cumulative[:, -1:]
     index = torch.searchsorted(cumulative, wanted, right=True)

@@ -160,10 +160,11 @@ class DecodeGraphs:
         target = self._logits[: step.kv_len.numel()]
         return lambda: target.copy_(model.forward(step, arena))
 
-    def forward(self, step: StepInput) -> torch.Tensor | None:
+    def forward(self, step: StepInput, newest: torch.Tensor | None = None) -> torch.Tensor | None:
         """Logits as of `Model.forward`, or None if the step isn't one for a graph.
 
-        The step lies on the CPU. The logits are valid until the next call.
+        The step lies on the CPU; `newest` int64 [S] on the device are its tokens, if the CPU doesn't
+        have them. The logits are valid until what is launched by the next call.
         """
         count = step.kv_len.numel()
         is_decode = step.token_ids.numel() == count == step.output_rows.numel()
@@ -172,6 +173,8 @@ class DecodeGraphs:
         size = next(size for size in self._sizes if size >= count)
         if not self._buffers.fill(step, size, self._block_size, self._block_stride):
             return None
+        if newest is not None:
+            self._buffers.step(size).token_ids[:count].copy_(newest)
         recording = self._graphs[size]
         recording.replay()
         return recording.output[:count]

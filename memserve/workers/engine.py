@@ -1,5 +1,8 @@
 """The engine of one worker: receive, schedule, run, absorb, send.
 
+Where the device computes by itself, the next step is launched before this one is absorbed, if it is
+known by then (`memserve.workers.stepping`); whatever arrives is handled with no step under way.
+
 One instance serves prompts and answers alike; what it is sent decides what it does. All state of the
 pool, the index and the sequences belongs to the thread that calls `run`. Every ticket that was
 submitted ends here in exactly one way: its last token, a handover that the launcher settled, a
@@ -10,7 +13,6 @@ import logging
 import queue
 import time
 from collections.abc import Callable
-from http import HTTPStatus
 from typing import assert_never
 
 import msgspec
@@ -29,17 +31,13 @@ from memserve.messages import (
     PoolAnswer,
     PoolCall,
     Published,
-    Rejected,
     ReleasePeer,
     ReportIndex,
     ResetPrefixCache,
     Settle,
     Shutdown,
     Submit,
-    TokenEvent,
-    Tokens,
 )
-from memserve.model.sampling import Sampled
 from memserve.parallel.messages import KeepBlocks, StartGroup
 from memserve.pool.mempool import MemPool
 from memserve.pool.progress import GroupProgress, StepProgress
@@ -66,14 +64,19 @@ from memserve.workers.link import (
 from memserve.workers.mailbox import Mailbox
 from memserve.workers.parallel import Groups
 from memserve.workers.pulse import HEARTBEAT_S, Pulse
+from memserve.workers.recording import Recorder
 from memserve.workers.runner import StepRunner
-from memserve.workers.samples import Samples, step_sample
-from memserve.workers.sequence import Sequence, Slice, submitted, without
+from memserve.workers.samples import Samples
+from memserve.workers.sequence import Slice, submitted
 from memserve.workers.stalling import STALL_S
+from memserve.workers.stepping import Step, Stepper
 from memserve.workers.storing import DiskStore
 from memserve.workers.swapping import StartSwap, Swapper
 
 logger = logging.getLogger(__name__)
+
+LOOK_S = 0.2
+"""How soon an engine whose steps run ahead looks at its deadlines, though nothing has come."""
 
 
 class Engine:
@@ -103,13 +106,9 @@ class Engine:
         self._config = config
         self._link = link
         self._pool = pool
-        self._runner = runner
         self._copy_within = copy_within
-        self._samples = samples
         self._feed = IndexFeed(pool, link.send)
-        self._progress = progress
         self._store = store
-        self._eos_token_ids = frozenset(config.eos_token_ids)
         self._map_peer = map_peer
         self._swapper = Swapper(pool, start_swap, patience=stall_s)
         self._service = PoolService(
@@ -160,7 +159,7 @@ class Engine:
         )
         self._turns = self._groups.turns
         self._stopping = False
-        self._idled = True
+        self._look_by = 0.0
         self._books = Books(
             pool,
             self._batcher,
@@ -173,6 +172,28 @@ class Engine:
         )
         sign = None if group_progress is None else group_progress.beat
         self._pulse = Pulse(link.send, self._books.stats, samples, sign)
+        self._stepper = Stepper(
+            pool,
+            self._batcher,
+            claims,
+            self._departures,
+            self._turns,
+            runner,
+            pulse=self._pulse,
+            samples=samples,
+            progress=progress,
+            is_quiet=self._is_quiet,
+            room_is_awaited=self._room_is_awaited,
+        )
+        self._recorder = Recorder(
+            self._batcher,
+            self._departures,
+            self._groups,
+            self._books,
+            self._send,
+            self._abort,
+            eos_token_ids=config.eos_token_ids,
+        )
 
     def run(self) -> None:
         """Serve until the launcher says so or has gone."""
@@ -185,8 +206,26 @@ class Engine:
 
         With `wait`, sleeps until something arrives or a deadline wants attention.
         """
+        step = self._stepper.take()
+        busy = step is not None
+        if step is None:
+            slices = self._schedule(wait=wait)
+            busy = bool(slices)
+            step = self._start(slices) if slices else None
+        if step is not None:
+            self._stepper.follow(step)
+            self._recorder.absorb(*self._stepper.finish(step))
+        self._feed.flush()
+        self._pulse.beat()
+        return busy or bool(self._turns)
+
+    def _schedule(self, *, wait: bool) -> list[Slice]:
+        """Look at all that has happened, with nothing under way, and choose what to compute next."""
         self._receive(wait=wait)
+        if self._stopping:
+            return []
         now = time.monotonic()
+        self._look_by = now + LOOK_S
         self._departures.expire(now)
         self._arrivals.expire(now)
         self._service.expire(now)
@@ -197,44 +236,25 @@ class Engine:
         self._groups.gather()
         self._swapper.tend()
         slices = self._turns.schedule(self._batcher)
-        if slices:
-            self._run(slices)
-        elif self._turns:
+        if not slices and self._turns:
             self._turns.pause()
-        else:
-            self._idled = True
-        self._feed.flush()
-        self._pulse.beat()
-        return bool(slices) or bool(self._turns)
+        elif not slices:
+            self._stepper.idle()
+        return slices
 
-    def _run(self, slices: list[Slice]) -> None:
-        """Compute a step, timed, and record what came out."""
-        start = time.perf_counter()
+    def _start(self, slices: list[Slice]) -> Step | None:
         try:
-            sampled = self._compute(slices)
+            return self._stepper.start(slices)
         except GroupBroken as error:  # the other rows of the step are computed again
             self._turns.broke(error)
-            return
-        seconds = time.perf_counter() - start
-        num_ranks = self._turns.num_ranks
-        sample = step_sample(slices, seconds, num_ranks=num_ranks, after_idling=self._idled)
-        self._samples.add_step(sample)
-        self._idled = False
-        changed = self._groups.verified(slices)
-        if changed:
-            slices, sampled = without(changed, slices, sampled)
-        self._absorb(slices, sampled)
+            return None
 
-    def _compute(self, slices: list[Slice]) -> list[Sampled]:
-        """Run a step; if peers were told that they may follow it, let them."""
-        others = [self._turns.written] if self._turns.num_ranks > 1 else []
-        progress = self._progress
-        if progress is None or not self._departures.announce(slices, progress.next_step):
-            return self._runner.run(slices, self._pulse.after(*others), is_followed=bool(others))
-        progress.begin()
-        sampled = self._runner.run(slices, self._pulse.after(progress.written, *others))
-        progress.end()
-        return sampled
+    def _is_quiet(self) -> bool:
+        """Whether the batch can go on for a step without a look at anything else."""
+        return self._mail.empty() and not self._turns and time.monotonic() < self._look_by
+
+    def _room_is_awaited(self) -> bool:
+        return bool(self._batcher.waiting or self._arrivals or self._groups.num_unfinished)
 
     def _beat(self) -> None:
         self._pulse.beat()
@@ -325,7 +345,7 @@ class Engine:
                 self._feed.report()
             case Calibrate(query):
                 # Nothing else is served meanwhile, so only the launcher's start asks.
-                run, copy = self._runner.run, self._copy_within
+                run, copy = self._stepper.run, self._copy_within
                 self._send(Calibrated(query, *calibrate(self._pool, run, copy, self._config)))
 
     def _settle(self, message: Settle) -> None:
@@ -337,51 +357,6 @@ class Engine:
         elif not waited:  # declined before its prefill has ended
             self._batcher.keep(ticket)
             self._groups.decode_here(ticket)
-
-    def _absorb(self, slices: list[Slice], sampled: list[Sampled]) -> None:
-        """Record what a step computed, in the order of its slices, and send its tokens."""
-        events: list[TokenEvent] = []
-        failed: list[Rejected] = []
-        results = iter(sampled)
-        prefilled: list[Sequence] = []
-        self._books.count_step(slices)
-        for part in slices:
-            sequence = part.sequence
-            samples = part.samples
-            if sequence.spread and sequence.prefilling:
-                if self._turns.computed(part):
-                    prefilled.append(sequence)
-            else:
-                if sequence.prefilling:
-                    prefilled.append(sequence)
-                sequence.num_computed += part.num_tokens
-            if samples and (result := next(results)).failure:
-                failed.append(Rejected(sequence.ticket, result.failure, HTTPStatus.BAD_REQUEST))
-            elif samples:
-                events.append(self._append(sequence, result))
-        ended = {event.ticket for event in events if event.finish is not None}
-        ended.update(rejection.ticket for rejection in failed)
-        prefilled = [sequence for sequence in prefilled if sequence.ticket not in ended]
-        for sequence in prefilled:
-            self._batcher.share(sequence)
-        if events:
-            self._send(Tokens(events))
-        for rejection in failed:
-            self._send(rejection)
-            self._abort(rejection.ticket)
-        now = time.monotonic()
-        for sequence in prefilled:
-            if sequence.decode_on is not None:
-                keeper = self._groups if sequence.spread else self._departures
-                keeper.publish(sequence, now)
-
-    def _append(self, sequence: Sequence, sampled: Sampled) -> TokenEvent:
-        """Add a sampled token to its sequence and end the sequence if it was the last."""
-        sequence.tokens.append(sampled.token)
-        finish = sequence.finish_reason(self._eos_token_ids)
-        if finish is not None:
-            self._batcher.finish(sequence)
-        return sequence.newest(finish, sampled.logprob, sampled.top)
 
     def audit(self) -> list[str]:
         """See `memserve.workers.books.Books.audit`."""

@@ -157,6 +157,7 @@ def _runner(
         eos_token_ids=config.eos_token_ids,
         max_num_seqs=config.max_num_seqs,
         enforce_eager=config.enforce_eager,
+        async_scheduling=config.async_scheduling,
         space=memory.space,
         grammars=grammars,
     )

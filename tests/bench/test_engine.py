@@ -86,10 +86,10 @@ def test_a_profile_names_the_operators_of_each_batch(checkpoint: Path) -> None:
 
 def test_every_timed_step_decodes_every_prompt_and_leaves_no_block(checkpoint: Path) -> None:
     task = Task(weights=str(checkpoint), dtype="float32", cores=(0,), sizes=QUICK)
-    with bench_model(task) as (model, arena, pool):
+    with bench_model(task) as (model, runner, pool):
         prompts = [Prompts(model.spec.vocab_size).new(32), [5] * 32]
         config = engine_config(task, model, max_num_batched_tokens=20)
-        with closing(EngineSubject(config, model, arena, pool)) as subject:
+        with closing(EngineSubject(config, runner, pool)) as subject:
             for _ in range(2):  # the second time out of the cache
                 with subject.decoding(prompts) as engine:
                     before = engine.stats()

@@ -1,5 +1,7 @@
 """What the GPU benchmark of one model is made of; its figures need a GPU."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -13,6 +15,9 @@ from memserve.bench.gpu_engine import (
     render,
     shapes,
 )
+from memserve.bench.gpu_overlap import EngineStep, engine_steps
+from memserve.model.loading import load_model
+from tests.model.tiny import ARCHITECTURES, save
 
 
 @pytest.mark.parametrize(
@@ -41,10 +46,26 @@ def test_the_table_names_what_had_no_room() -> None:
         read_gb_s=3000.0,
         decode=[Decode(64, 1024, 30.0, 27.0)],
         prefill=[Prefill(2048, 100.0, 300.0, 600.0)],
+        engine=[EngineStep(64, 1024, 35.0, 30.5)],
         no_room=[(256, 8192)],
     )
     table = render([shape])
     assert "KV in float8_e4m3fn" in table
     assert "30.00 ms a step,  90% of the bandwidth" in table
+    assert "35.00 ms a step, 30.50 launched ahead" in table
     assert "50% of a large product" in table
     assert "256 x  8192: no room" in table
+
+
+def test_an_engine_s_steps_are_timed_both_ways_where_the_arena_has_room(tmp_path: Path) -> None:
+    folder = save(ARCHITECTURES["llama"].config(), tmp_path)
+    model = load_model(
+        folder, device="cpu", dtype="float32", max_model_len=None, block_size=BLOCK_SIZE
+    )
+    spec = model.spec
+    arena = torch.zeros(
+        25, spec.num_layers, 2, BLOCK_SIZE, spec.num_kv_heads, spec.head_dim, dtype=torch.float32
+    )
+    steps = engine_steps(model, arena, None, batches=(1, 3, 30), context=40, num_steps=4)
+    assert [(each.batch, each.context) for each in steps] == [(1, 40), (3, 40)]
+    assert all(each.milliseconds > 0 < each.ahead_milliseconds for each in steps)

@@ -5,6 +5,7 @@ import signal
 import time
 import urllib.error
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,19 @@ def test_kv_of_a_byte_is_handed_over_kept_and_served_again(tmp_path: Path) -> No
         assert decode["num_pulled_blocks"] > 0
         assert_all_home(server)
     assert "in float8_e4m3fn" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize("flags", [(), ("--enforce-eager",), ("--no-async-scheduling",)])
+def test_answers_of_a_batch_are_the_same_however_its_steps_are_launched(
+    tmp_path: Path, flags: tuple[str, ...], is_greedy: Callable[[list[int], list[int]], None]
+) -> None:
+    folder = str(small_model(cache_dir()))
+    with serve(folder, *ON_GPU, *SMALL, "--mixed", "1", *flags, log=tmp_path / "log") as server:
+        with ThreadPoolExecutor(len(LENGTHS)) as pool:
+            answers = pool.map(lambda length: ask(server, prompt(length)), LENGTHS)
+        for length, answer in zip(LENGTHS, answers, strict=True):
+            is_greedy(prompt(length), answer)
+        assert_all_home(server)
 
 
 def patiently(server: ServerProcess, tokens: list[int]) -> list[int]:

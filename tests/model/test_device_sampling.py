@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from memserve.messages import SamplingParams
-from memserve.model.device_sampling import sample_on_device
-from memserve.model.sampling import SampleRow, sample
+from memserve.model.device_sampling import draw_all
+from memserve.model.sampling import Sampled, SampleRow, sample
+from tests.model.nothing_waits import NothingWaits
 
 VOCAB = 300
 ROWS = 400
@@ -18,6 +19,10 @@ ROWS = 400
 def rows_of(**params: Any) -> list[SampleRow]:
     sampling = SamplingParams(**{"max_tokens": 2 * ROWS, "seed": 5, **params})
     return [SampleRow(sampling, 0, position, (1, 2, 3), (4, 5)) for position in range(ROWS)]
+
+
+def sample_on_device(logits: torch.Tensor, rows: list[SampleRow]) -> list[Sampled]:
+    return draw_all(logits, rows).result()
 
 
 def logits_of() -> torch.Tensor:
@@ -102,3 +107,33 @@ def test_tokens_that_tie_at_a_cut_stay_together() -> None:
 
 def test_nothing_to_sample() -> None:
     assert sample_on_device(torch.empty(0, VOCAB), []) == []
+
+
+def test_tokens_lie_on_the_device_for_the_next_step_unless_the_host_draws_some() -> None:
+    logits = logits_of()
+    rows = rows_of(top_k=7)
+    drawing = draw_all(logits, rows)
+    wanted = [each.token for each in sample(logits, rows)]
+    assert drawing.all_on_device
+    assert drawing.pick([5, 0, 399]).tolist() == [wanted[5], wanted[0], wanted[399]]
+    assert not draw_all(logits, [*rows[:-1], *rows_of(logprobs=0)[-1:]]).all_on_device
+    assert not draw_all(logits, [*rows[:-1], *rows_of(presence_penalty=1.0)[-1:]]).all_on_device
+
+
+def test_drawing_is_launched_without_waiting_for_the_device() -> None:
+    logits = logits_of()
+    rows = rows_of(top_k=40, top_p=0.9, min_p=0.01)
+    with NothingWaits():  # type: ignore[no-untyped-call]
+        drawing = draw_all(logits, [*rows[:-1], *rows_of(logprobs=1)[-1:]])
+        drawing.pick([1, 2])
+    assert drawing.result()[:-1] == sample(logits, rows)[:-1]
+
+
+def test_what_the_host_draws_it_draws_from_the_logits_of_its_step() -> None:
+    """The next step's logits take the same place, maybe before the host has looked."""
+    logits = logits_of()
+    rows = rows_of(frequency_penalty=0.5)
+    wanted = sample(logits, rows)
+    drawing = draw_all(logits, rows)
+    logits.fill_(0.0)
+    assert drawing.result() == wanted

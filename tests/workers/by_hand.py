@@ -32,6 +32,7 @@ from memserve.workers.memory import WorkerMemory
 from memserve.workers.runner import StepRunner
 from tests.faults.plan import Faults
 from tests.faults.wrapping import wrap
+from tests.workers.late import Late, LateRunner
 from tests.workers.rig import SHAPE, OracleRunner, oracle_answer, wrong_blocks
 
 MAX_IDLE = 20
@@ -50,7 +51,8 @@ class KeptMessages:
 
 def oracle(memory: WorkerMemory) -> StepRunner:
     """The model that knows what every cell must hold."""
-    return OracleRunner(memory.hbm.tensor, 0.0, space=memory.space)
+    at_once = OracleRunner(memory.hbm.tensor, 0.0, space=memory.space)
+    return LateRunner(at_once) if Late.by_default else at_once
 
 
 class HandEngine:
@@ -143,6 +145,8 @@ class HandEngine:
         chunk_tokens: int | None = None,
         reuse: bool = True,
         salt: str = "",
+        sampling: SamplingParams | None = None,
+        decode_on: int | None = None,
     ) -> None:
         """Send a prompt, with references of its blocks from number `first` on."""
         self.link.inbox.put(
@@ -150,9 +154,10 @@ class HandEngine:
                 ticket=ticket,
                 choice=0,
                 prompt=pack_tokens(prompt),
-                sampling=SamplingParams(max_tokens=max_tokens, seed=0),
+                sampling=sampling or SamplingParams(max_tokens=max_tokens, seed=0),
                 order=order,
                 chunk_tokens=chunk_tokens,
+                decode_on=decode_on,
                 reuse=reuse,
                 cache_salt=salt,
                 first_fetched_block=first,
@@ -221,8 +226,9 @@ class HandEngine:
 
     def assert_home(self) -> None:
         """Every block is free or historical, and the books are right."""
-        self.release()
-        self.step()
+        for _ in range(2):  # one that was launched ahead hears of nothing
+            self.release()
+            self.step()
         stats = self.engine.stats()
         assert self.engine.audit() == []
         assert not self._is_oracle or wrong_blocks(self.memory) == []

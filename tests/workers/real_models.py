@@ -14,12 +14,11 @@ import torch
 from memserve.messages import SamplingParams, Submit
 from memserve.model.loading import load_model
 from memserve.model.model import Model
-from memserve.model.sampling import Sampled
 from memserve.model.step import LayerWritten, StepInput
 from memserve.pool.index import pack_tokens
 from memserve.pool.refs import ArenaLayout, BlockRef, DType
 from memserve.workers.memory import WorkerMemory
-from memserve.workers.runner import Runner, StepRunner
+from memserve.workers.runner import Finished, Pending, Runner, StepRunner
 from memserve.workers.sequence import Slice
 from tests.workers.by_hand import HandEngine
 
@@ -37,14 +36,14 @@ class Teacher(Runner):
         """What each step computed that came to its end; `start` means nothing afterwards."""
         self._logits = torch.empty(0)
 
-    def run(
+    def launch(
         self,
         slices: Sequence[Slice],
         written: LayerWritten | None = None,
         *,
         is_followed: bool = True,
-    ) -> list[Sampled]:
-        sampled = super().run(slices, written, is_followed=is_followed)
+    ) -> Pending:
+        sampled = super().launch(slices, written, is_followed=is_followed).result()
         self.steps.append(list(slices))
         speaking = [part.sequence for part in slices if part.samples]
         for number, sequence in enumerate(speaking):
@@ -52,15 +51,17 @@ class Teacher(Runner):
             if sequence.ticket in self.told:
                 token = self.told[sequence.ticket][sequence.num_outputs]
                 sampled[number] = dataclasses.replace(sampled[number], token=token)
-        return sampled
+        return Finished(sampled)
 
-    def _forward(self, step: StepInput, written: LayerWritten | None) -> torch.Tensor:
-        self._logits = super()._forward(step, written)
+    def _forward(
+        self, step: StepInput, written: LayerWritten | None, newest: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        self._logits = super()._forward(step, written, newest)
         return self._logits
 
 
 def teacher(engine: HandEngine) -> Teacher:
-    runner = engine.engine._runner
+    runner = engine.engine._stepper._runner
     assert isinstance(runner, Teacher)
     return runner
 

@@ -44,10 +44,12 @@ from memserve.workers import calibration
 from memserve.workers.engine import Engine
 from memserve.workers.link import Link
 from memserve.workers.memory import WorkerMemory
+from memserve.workers.runner import Finished, Pending
 from memserve.workers.sequence import Slice
 from tests.faults.plan import Faults
 from tests.faults.wrapping import FaultyLink, wrap
 from tests.pool.fake_cuda import FakeCuda
+from tests.workers.late import Late, LateRunner
 
 P = ParamSpec("P")
 Numbers = npt.NDArray[np.int64]
@@ -108,6 +110,15 @@ class OracleRunner:
         self._before_step = before_step
         self._poisoned: set[int] = set()
         self._to_check: list[tuple[Slice, int, Numbers, Numbers, npt.NDArray[np.float32]]] = []
+
+    def launch(
+        self,
+        slices: Sequence[Slice],
+        written: LayerWritten | None = None,
+        *,
+        is_followed: bool = True,
+    ) -> Pending:
+        return Finished(self.run(slices, written, is_followed=is_followed))
 
     def run(
         self,
@@ -276,17 +287,18 @@ class ThreadWorker:
         )
         if self._faults is not None:
             wrap(memory, self._faults)
+        oracle = OracleRunner(
+            memory.hbm.tensor,
+            self._options.step_seconds,
+            self._options.before_layer,
+            self._before_step,
+            memory.space,
+        )
         engine = self.engine = Engine(
             config,
             link,
             memory.pool,
-            OracleRunner(
-                memory.hbm.tensor,
-                self._options.step_seconds,
-                self._options.before_layer,
-                self._before_step,
-                memory.space,
-            ),
+            LateRunner(oracle) if self._options.runs_ahead else oracle,
             start_copy=held(memory, memory.copier.start, self._options.copy_seconds),
             start_swap=held(memory, memory.copier.start_swap, self._options.copy_seconds),
             start_pull=held(memory, memory.copier.start_pull, self._options.copy_seconds),
@@ -388,6 +400,8 @@ class RigOptions:
     calibration: bool = False
     on_gpu: bool = False
     """Whether HBM is on a GPU, a double of one."""
+    runs_ahead: bool = dataclasses.field(default_factory=lambda: Late.by_default)
+    """Whether the oracle is behind a device's queue."""
 
 
 @asynccontextmanager

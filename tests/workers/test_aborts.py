@@ -136,6 +136,7 @@ async def abort_many(house: House, number: int, phases: Counter[str]) -> None:
         pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
     ],
 )
+@pytest.mark.usefixtures("stepping")
 async def test_a5_aborts_at_random_moments_of_every_phase_leave_nothing(
     number: int, tmp_path: Path
 ) -> None:

@@ -25,6 +25,8 @@ from tests.workers.rig import (
     rig,
 )
 
+pytestmark = pytest.mark.usefixtures("stepping")
+
 PREFILL_DECODE = (Role.PREFILL, Role.DECODE)
 TWO_MIXED = (Role.MIXED, Role.MIXED)
 

@@ -10,6 +10,8 @@ import pytest
 from memserve.pool.refs import BlockRef, Tier
 from tests.workers.by_hand import HandEngine, engines
 
+pytestmark = pytest.mark.usefixtures("stepping")
+
 DOCUMENT = [7, *range(40)] * 2  # 20 blocks of 4 tokens, and 2 tokens
 
 

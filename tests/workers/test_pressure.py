@@ -41,6 +41,8 @@ from tests.workers.rig import (
     rig,
 )
 
+pytestmark = pytest.mark.usefixtures("stepping")
+
 MIXED = (Role.MIXED,)
 PREFILL_DECODE = (Role.PREFILL, Role.DECODE)
 TWO_MIXED = (Role.MIXED, Role.MIXED)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from memserve.model.attention.triton_paged import TritonAttention, TritonBatch
 from memserve.model.fused import FusedDecoder
@@ -17,6 +16,7 @@ from memserve.model.model import Model, Transformer
 from memserve.model.step import StepInput
 from memserve.model.support import layer_windows
 from memserve.model.triton_ops import TritonLayerOps
+from tests.model.nothing_waits import NothingWaits
 from tests.model.paging import Arena, Paged, assert_same, run_step, step_of
 from tests.model.tiny import ARCHITECTURES, VOCAB, build, save
 
@@ -160,6 +160,22 @@ def test_what_graphs_keep_for_block_tables_follows_the_arena(tmp_path: Path) -> 
     assert not buffers[0].fill(step, 4, BLOCK, 1000), "a sequence longer than any"
 
 
+def test_a_recorded_step_takes_its_tokens_where_the_one_before_it_left_them(tmp_path: Path) -> None:
+    reference = reference_model("llama", tmp_path)
+    model = on_triton("llama", reference, fused=True)
+    arena = Arena(model, BLOCK)
+    graphs = DecodeGraphs(model, arena.tensor, max_num_seqs=3, max_model_len=64, record=replayed)
+    members = sequences(arena, [9, 5])
+    for each in members:
+        run_step(model, arena, [(each, len(each.tokens) - 1)])
+    step = step_of([(each, 1) for each in members])
+    wanted = model.forward(step, arena.tensor)
+    unknown = dataclasses.replace(step, token_ids=torch.zeros_like(step.token_ids))
+    got = graphs.forward(unknown, step.token_ids)
+    assert got is not None
+    assert_same(got, wanted)
+
+
 def test_steps_that_are_no_decode_of_that_size_are_left_alone(tmp_path: Path) -> None:
     model = on_triton("llama", reference_model("llama", tmp_path), fused=True)
     arena = Arena(model, BLOCK)
@@ -170,17 +186,6 @@ def test_steps_that_are_no_decode_of_that_size_are_left_alone(tmp_path: Path) ->
     assert graphs.forward(step_of([(each, 1) for each in many])) is None
     long.num_computed = 39  # longer than any may be
     assert graphs.forward(step_of([(long, 1)])) is None
-
-
-class NothingWaits(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Fails at what would make the host wait for a GPU, and what a graph therefore can't hold."""
-
-    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN204
-        name = func.overloadpacket.__name__
-        assert name not in self.FORBIDDEN, f"{func} waits for the device"
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "transformers"])
