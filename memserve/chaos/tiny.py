@@ -14,7 +14,9 @@ WEIGHT_SCALE = 2.0
 """Of each weight matrix times the root of its width: distant context matters to every token."""
 
 
-def make_tiny(folder: Path, like: PreparedModel, max_model_len: int) -> Path:
+def make_tiny(
+    folder: Path, like: PreparedModel, max_model_len: int, *, num_kv_heads: int = 2
+) -> Path:
     """A checkpoint in `folder`, with the vocabulary of `like`."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
@@ -25,7 +27,7 @@ def make_tiny(folder: Path, like: PreparedModel, max_model_len: int) -> Path:
         intermediate_size=128,
         num_hidden_layers=4,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=num_kv_heads,
         max_position_embeddings=max_model_len,
         bos_token_id=like.bos_token_id,
         eos_token_id=list(like.eos_token_ids),
