@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memserve.messages import SamplingParams, Withdrawn
+from memserve.messages import Rejected, SamplingParams, Withdrawn
 from memserve.model.loading import load_model
 from memserve.model.model import Model
 from memserve.pool.refs import ArenaLayout
@@ -296,12 +296,15 @@ def test_a_model_takes_its_tokens_where_the_step_before_has_left_them(tmp_path: 
     )
     generator = torch.Generator().manual_seed(4)
     asked = [
-        torch.randint(3, VOCAB, (length,), generator=generator).tolist() for length in (5, 30, 11)
+        torch.randint(3, VOCAB, (length,), generator=generator).tolist()
+        for length in (5, 30, 11, 8, 9)
     ]
     kinds = [
         SamplingParams(max_tokens=12, seed=7, temperature=0.0, ignore_eos=True),
         SamplingParams(max_tokens=20, seed=8, temperature=1.5, ignore_eos=True),
         SamplingParams(max_tokens=16, seed=9, temperature=2.0, top_p=0.9, top_k=30),
+        SamplingParams(max_tokens=6, seed=3, presence_penalty=1.5, logprobs=1),  # the host draws
+        SamplingParams(max_tokens=6, seed=3, grammar="{}"),  # refused, without a tokenizer here
     ]
     answers = []
     for runs_ahead in (False, True):
@@ -309,8 +312,9 @@ def test_a_model_takes_its_tokens_where_the_step_before_has_left_them(tmp_path: 
         with engines(engine):
             for ticket, (prompt, sampling) in enumerate(zip(asked, kinds, strict=True)):
                 engine.submit(ticket, prompt, sampling=sampling)
-            engine.finish(0, 1, 2)
-            answers.append([engine.tokens(ticket) for ticket in range(3)])
+            engine.finish(0, 1, 2, 3)
+            answers.append([engine.tokens(ticket) for ticket in range(5)])
+            assert [each.ticket for each in engine.link.sent if isinstance(each, Rejected)] == [4]
     assert answers[0] == answers[1]
     assert len({*answers[0][1]}) > 3
 
