@@ -75,6 +75,10 @@ class ServeConfig:
     max_model_len: int | None = _flag(
         None, "Longest prompt plus answer in tokens [default: the model's own limit]."
     )
+    share_weights: bool = _flag(
+        True,
+        "Keep one copy of the weights for all workers of a GPU, or of a memory node, not one for each.",
+    )
     enforce_eager: bool = _flag(
         False, "Launch each step's kernels one by one instead of replaying CUDA graphs; GPUs only."
     )
@@ -240,6 +244,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     num_threads: int
     rank_cores: tuple[tuple[int, ...], ...] = ()
     """Cores of each process of an instance that has several; the memory above is one's."""
+    share_weights: bool = False
+    """Whether workers of one device, or memory node, map one copy of the weights."""
     log_level: str
 
     @property

@@ -33,11 +33,7 @@ from memserve.frontend.listening import answering, connection_limit, listen, tls
 from memserve.frontend.running import Running
 from memserve.frontend.service import FRONTEND, ServerSettings
 from memserve.frontend.timeline import Slo
-from memserve.machine import (
-    available_memory,
-    num_memory_nodes,
-    usable_cores,
-)
+from memserve.machine import available_memory, num_memory_nodes, usable_cores
 from memserve.model.identity import weights_digest
 from memserve.model.prepared import PreparedModel, ProgressLine, prepare_in_child
 from memserve.paths import cache_dir
@@ -106,6 +102,7 @@ def plan_instances(config: ServeConfig, prepared: PreparedModel) -> list[Instanc
         enforce_eager=config.enforce_eager,
         async_scheduling=config.async_scheduling,
         num_threads=len(shares[0][0]),
+        share_weights=config.share_weights,
         log_level=config.log_level,
     )
     return [

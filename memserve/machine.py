@@ -36,9 +36,14 @@ def usable_cores() -> list[int]:
 
 def num_memory_nodes(cores: list[int]) -> int:
     """NUMA nodes that these cores belong to; 1 where the kernel doesn't tell."""
+    return max(1, len(memory_nodes(cores)))
+
+
+def memory_nodes(cores: Sequence[int]) -> tuple[str, ...]:
+    """Names of the NUMA nodes that these cores belong to; none where the kernel doesn't tell."""
     wanted = set(cores)
-    nodes = [path.read_text() for path in MEMORY_NODES.glob("node*/cpulist")]
-    return max(1, sum(bool(wanted & parse_core_list(text)) for text in nodes))
+    files = sorted(MEMORY_NODES.glob("node*/cpulist"))
+    return tuple(path.parent.name for path in files if wanted & parse_core_list(path.read_text()))
 
 
 def parse_core_list(text: str) -> set[int]:

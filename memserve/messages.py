@@ -26,6 +26,7 @@ from typing import TypeAlias
 import msgspec
 
 from memserve.config import EngineConfig
+from memserve.model.kept import KeptWeights
 from memserve.parallel.messages import (
     Gathered,
     Group,
@@ -104,6 +105,10 @@ class Configure(msgspec.Struct, frozen=True, tag=True):
     instance: int
     epoch: int
     engine: EngineConfig
+    weights: KeptWeights | None = None
+    """What a keeper has loaded; in host memory its descriptor follows on the descriptor socket."""
+    keep_for: int = 0
+    """Not 0: it is no worker, but loads the weights for so many, as their keeper."""
 
 
 class MapPeer(msgspec.Struct, frozen=True, tag=True):
@@ -233,6 +238,18 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 
 class StartFailed(msgspec.Struct, frozen=True, tag=True):
     """The worker can't serve; `reason` is one line for the operator."""
+
+    reason: str
+
+
+class Kept(msgspec.Struct, frozen=True, tag=True):
+    """A keeper has the weights ready; in host memory their descriptor has been sent before."""
+
+    weights: KeptWeights
+
+
+class CannotShare(msgspec.Struct, frozen=True, tag=True):
+    """This model's weights can't be shared, though it can be served: workers must load their own."""
 
     reason: str
 
@@ -371,6 +388,7 @@ ToWorker: TypeAlias = (
     | ReleasePeer
     | Shutdown
 )
+KeeperToLauncher: TypeAlias = Kept | CannotShare | StartFailed
 ToLauncher: TypeAlias = (
     Ready
     | StartFailed

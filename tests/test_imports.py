@@ -23,6 +23,7 @@ LAYERS = [
         "pool.events",
         "workloads",
     },
+    {"model.kept"},
     {"messages"},
     {"generation", "channel", "pool"},
     {"scheduler"},
@@ -45,6 +46,7 @@ LAYERS = [
 WORKER_ONLY = {"workers", "model", "pool", "tensor"}
 SHARED = {
     "model.identity",
+    "model.kept",
     "model.prepared",
     "model.spec",
     "pool.disk",

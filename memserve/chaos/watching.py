@@ -33,7 +33,7 @@ class Holding(msgspec.Struct, frozen=True, kw_only=True):
     memory_mib: float
     num_files: int
     num_arenas: int
-    """Mappings of shared memory."""
+    """Mappings of KV blocks and their tables, its own and its peers'."""
 
 
 @dataclass
@@ -64,7 +64,7 @@ def holding_of(pid: int) -> Holding:
     return Holding(
         memory_mib=int(lines["RssAnon"].split()[0]) / 1024,
         num_files=len(os.listdir(folder / "fd")),
-        num_arenas=(folder / "maps").read_text().count("memfd:"),
+        num_arenas=(folder / "maps").read_text().count("/memfd:memserve-arena"),
     )
 
 

@@ -24,6 +24,7 @@ from memserve.messages import (
     StartFailed,
     ToLauncher,
 )
+from memserve.model.kept import KeptWeights
 from memserve.pool.refs import ArenaDescriptor, KVDType, Tier
 from memserve.scheduler.interface import Role
 from memserve.stats import EngineStats, add_up
@@ -85,6 +86,41 @@ async def spawn_process(
     )
 
 
+async def connect(
+    spawn: Spawn, plan: InstancePlan
+) -> tuple[WorkerProcess, socket.socket, socket.socket]:
+    """Start a process; also this side's ends of its control and its descriptor socket."""
+    with ExitStack() as ours, ExitStack() as theirs:
+        control, child_control = socket.socketpair()
+        ours.enter_context(control)
+        theirs.enter_context(child_control)
+        descriptors, child_descriptors = socket.socketpair()
+        ours.enter_context(descriptors)
+        theirs.enter_context(child_descriptors)
+        process = await spawn(child_control, child_descriptors, plan)
+        ours.pop_all()
+        return process, control, descriptors
+
+
+@dataclass(slots=True)
+class SharedWeights:
+    """Weights that are ready to be mapped; see `memserve.cluster.keepers`."""
+
+    kept: KeptWeights
+    descriptor: int | None
+    """Of the file that they are in; None: they are on a GPU."""
+    is_alive: bool = True
+    """False once the memory is gone."""
+
+
+WeightsFor = Callable[[InstancePlan], Awaitable[SharedWeights | None]]
+"""The weights that a worker is to map; None: it loads its own. Raises `UsageError`."""
+
+
+async def own_weights(_plan: InstancePlan) -> None:
+    """No worker shares any."""
+
+
 class Instance:
     """A worker process; `epoch` counts its lives."""
 
@@ -95,11 +131,15 @@ class Instance:
         plan: InstancePlan,
         spawn: Spawn,
         former: EngineStats | None = None,
+        weights_for: WeightsFor = own_weights,
     ) -> None:
         self.number = number
         self.epoch = epoch
         self.plan = plan
         self._spawn = spawn
+        self._weights_for = weights_for
+        self.weights: SharedWeights | None = None
+        """What it has mapped."""
         self.role = plan.role
         """What the scheduler sends to it."""
         self.leaving = False
@@ -160,17 +200,20 @@ class Instance:
         self.stats = add_up(self._former, stats)
 
     async def start(self) -> None:
-        """Start the process and tell it what to run; `Ready` or `StartFailed` comes later."""
-        with ExitStack() as ours, ExitStack() as theirs:
-            control, child_control = socket.socketpair()
-            ours.enter_context(control)
-            theirs.enter_context(child_control)
-            self._descriptors, child_descriptors = socket.socketpair()
-            theirs.enter_context(child_descriptors)
-            self.process = await self._spawn(child_control, child_descriptors, self.plan)
-            ours.pop_all()
+        """Start the process and tell it what to run; `Ready` or `StartFailed` comes later.
+
+        Raises `UsageError` if the weights that it is to map can't be had.
+        """
+        self.process, control, self._descriptors = await connect(self._spawn, self.plan)
         self._channel = await Channel.open(control, ToLauncher)
-        self.send(Configure(self.number, self.epoch, self.plan.engine))
+        self.weights = await self._weights_for(self.plan)  # while the process loads its libraries
+        kept = None
+        if self.weights is not None:
+            kept = self.weights.kept
+            if self.weights.descriptor is not None:
+                with suppress(OSError):  # it has gone; whoever waits for it finds out
+                    send_descriptor(self._descriptors, self.weights.descriptor)
+        self.send(Configure(self.number, self.epoch, self.plan.engine, kept))
 
     async def messages(self) -> AsyncIterator[list[ToLauncher]]:
         """What the worker sends, until it leaves."""

@@ -5,8 +5,11 @@ import dataclasses
 import itertools
 import logging
 
-from memserve.cluster.instance import Instance, InstancePlan, Spawn
+from memserve.cluster.instance import Instance, InstancePlan, SharedWeights, Spawn
+from memserve.cluster.keepers import Keepers
+from memserve.errors import UsageError
 from memserve.messages import ReleasePeer
+from memserve.stats import EngineStats
 
 logger = logging.getLogger(__name__)
 
@@ -19,8 +22,9 @@ class Membership:
 
     def __init__(self, plans: list[InstancePlan], spawn: Spawn) -> None:
         self._spawn = spawn
+        self._keepers = Keepers(plans, spawn, self._end_users_of)
         self._numbers = itertools.count()
-        members = [self._make(plan) for plan in plans]
+        members = [self._make(plan, next(self._numbers)) for plan in plans]
         self.by_number = {instance.number: instance for instance in members}
         self._leaving: list[Instance] = []
 
@@ -48,12 +52,12 @@ class Membership:
 
     async def add(self, plan: InstancePlan) -> Instance:
         """Start one more. Raises `UsageError` with its reason if it can't start."""
-        return await self._enter(self._make(plan))
+        return await self._enter(self._make(plan, next(self._numbers)))
 
     async def restart(self, dead: Instance, epoch: int) -> Instance:
         """Give a dead one its next life. Raises what `add` does."""
         plan = dataclasses.replace(dead.plan, role=dead.role)
-        return await self._enter(Instance(dead.number, epoch, plan, self._spawn, dead.stats))
+        return await self._enter(self._make(plan, dead.number, epoch, dead.stats))
 
     async def _enter(self, instance: Instance) -> Instance:
         try:
@@ -101,14 +105,25 @@ class Membership:
         async with asyncio.TaskGroup() as stopping:
             for instance in (*self.instances, *self._leaving):
                 stopping.create_task(instance.stop())
+        await self._keepers.stop()
 
-    def _make(self, plan: InstancePlan) -> Instance:
-        return Instance(next(self._numbers), 1, plan, self._spawn)
+    def _make(
+        self, plan: InstancePlan, number: int, epoch: int = 1, former: EngineStats | None = None
+    ) -> Instance:
+        return Instance(number, epoch, plan, self._spawn, former, self._keepers.weights_for)
+
+    def _end_users_of(self, weights: SharedWeights) -> None:
+        """What they have mapped is gone: no step of theirs may count any more."""
+        for instance in self.instances:
+            if instance.weights is weights:
+                instance.kill()
 
     async def _start(self, instance: Instance) -> None:
         await instance.start()
         await instance.wait_ready()
         assert instance.ready is not None
+        if instance.weights is not None and not instance.weights.is_alive:
+            raise UsageError(f"the weights of {instance.name} were lost while it started")
         for peer in self.instances:
             if peer.ready is not None and peer.number != instance.number:
                 instance.require_exchange(peer)

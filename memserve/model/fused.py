@@ -25,6 +25,7 @@ from memserve.model.attention.batch import Batch, Rotation
 from memserve.model.layer_ops import LayerOps
 from memserve.model.linear import Linear, Linears
 from memserve.model.shard import Collective, GatheredLinear, SummedLinear
+from memserve.model.weights import Weights, settle
 
 FUSABLE = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 
@@ -63,10 +64,12 @@ class FusedDecoder:
     ) -> None:
         """With `ranks` the module is this rank's share of a model, as `load_shard` makes it."""
         self._ops = ops
+        final = linears.weights.final
         body = module.get_decoder()
-        self._embedding = module.get_input_embeddings().weight.data
+        self._embedding = final(module.get_input_embeddings().weight.data)
         self._rotary = body.rotary_emb
-        self._norm = body.norm.weight.data
+        settle(self._rotary, linears.weights)
+        self._norm = final(body.norm.weight.data)
         self._epsilon: float = body.norm.variance_epsilon
         self._head: Linear = linears.stack([module.lm_head])
         self._layers = [
@@ -144,13 +147,14 @@ def _take_layer(
 ) -> FusedLayer:
     """Pack a transformers layer's weights and take them away from it."""
     attention, mlp = layer.self_attn, layer.mlp
+    final = linears.weights.final
     return FusedLayer(
-        input_norm=layer.input_layernorm.weight.data,
+        input_norm=final(layer.input_layernorm.weight.data),
         qkv=linears.stack([attention.q_proj, attention.k_proj, attention.v_proj]),
-        query_norm=_norm_weight(attention, "q_norm"),
-        key_norm=_norm_weight(attention, "k_norm"),
+        query_norm=_norm_weight(attention, "q_norm", linears.weights),
+        key_norm=_norm_weight(attention, "k_norm", linears.weights),
         output=linears.stack([attention.o_proj]),
-        post_norm=layer.post_attention_layernorm.weight.data,
+        post_norm=final(layer.post_attention_layernorm.weight.data),
         gated=linears.gate(mlp.gate_proj, mlp.up_proj, ops),
         down=linears.stack([mlp.down_proj]),
         scale=attention.scaling,
@@ -158,7 +162,7 @@ def _take_layer(
     )
 
 
-def _norm_weight(attention: nn.Module, name: str) -> torch.Tensor | None:
+def _norm_weight(attention: nn.Module, name: str, weights: Weights) -> torch.Tensor | None:
     parameters = dict(attention.named_parameters())
     norm = parameters.get(f"{name}.weight")
-    return None if norm is None else norm.data
+    return None if norm is None else weights.final(norm.data)

@@ -18,6 +18,7 @@ from torch import nn
 
 from memserve.model.attention.native import Kernels
 from memserve.model.layer_ops import LayerOps
+from memserve.model.weights import OwnWeights, Weights
 
 log = logging.getLogger(__name__)
 
@@ -46,26 +47,30 @@ class Kind(enum.Enum):
 class Linears:
     """Makes the linear layers of one model; chosen once, when it loads."""
 
-    def __init__(self, kernels: Kernels | None, kind: Kind) -> None:
-        """`kernels` may be None for any kind but `TILES`."""
+    def __init__(self, kernels: Kernels | None, kind: Kind, weights: Weights | None = None) -> None:
+        """`kernels` may be None for any kind but `TILES`; `weights` for the layers' own."""
         self._kernels = kernels
         self._kind = kind
+        self.weights = weights or OwnWeights()
+        """Where the rest of the model's tensors come from, too."""
 
     def stack(self, layers: Sequence[nn.Linear]) -> Linear:
         """One layer whose outputs are these layers' side by side; takes their weights away."""
         weights = [_take(layer) for layer in layers]
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         bias = _stacked_bias(layers)
+        if bias is not None:
+            bias = self.weights.final(bias)
         if weight.dtype != torch.bfloat16:
-            return PlainLinear(weight, bias)
+            return PlainLinear(self.weights.final(weight), bias)
         match self._kind:
             case Kind.TILES:
                 assert self._kernels is not None
-                return TiledLinear(self._kernels, [weight], bias)
+                return TiledLinear(self._kernels, [weight], bias, self.weights)
             case Kind.ONEDNN:
                 return OneDnnLinear(weight, bias)
             case Kind.PLAIN:
-                return PlainLinear(weight, bias)
+                return PlainLinear(self.weights.final(weight), bias)
             case _:
                 assert_never(self._kind)
 
@@ -74,7 +79,7 @@ class Linears:
         is_plain = gate.bias is None and gate.weight.dtype == torch.bfloat16
         if self._kind is Kind.TILES and is_plain:
             assert self._kernels is not None
-            return TiledLinear(self._kernels, [_take(gate), _take(up)])
+            return TiledLinear(self._kernels, [_take(gate), _take(up)], None, self.weights)
         return StackedGate(ops, self.stack([gate, up]))
 
     def replace(self, module: nn.Module) -> None:
@@ -86,18 +91,24 @@ class Linears:
                 layer.forward = self.stack([layer])  # type: ignore[assignment,method-assign]
 
 
-def choose_linears(kernels: Kernels | None, dtype: torch.dtype) -> Linears:
-    """The fastest linear layers that this machine has for a model of `dtype`."""
+def choose_kind(kernels: Kernels | None, dtype: torch.dtype) -> Kind:
+    """What computes linear layers of `dtype` fastest on this machine."""
     if dtype != torch.bfloat16:
-        kind = Kind.PLAIN
-    elif kernels is not None and kernels.has_matmul:
-        kind = Kind.TILES
-    elif hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
-        kind = Kind.ONEDNN
-    else:
-        kind = Kind.PLAIN
+        return Kind.PLAIN
+    if kernels is not None and kernels.has_matmul:
+        return Kind.TILES
+    if hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        return Kind.ONEDNN
+    return Kind.PLAIN
+
+
+def choose_linears(
+    kernels: Kernels | None, dtype: torch.dtype, weights: Weights | None = None
+) -> Linears:
+    """The fastest linear layers that this machine has for a model of `dtype`."""
+    kind = choose_kind(kernels, dtype)
     log.info("linear layers in %s: %s", str(dtype).removeprefix("torch."), kind.value)
-    return Linears(kernels, kind)
+    return Linears(kernels, kind, weights)
 
 
 class PlainLinear:
@@ -137,15 +148,19 @@ class TiledLinear:
     """Our kernel's, with the weight in tiles: x W^T + b, or SiLU(x W1^T) * x W2^T in one pass."""
 
     def __init__(
-        self, kernels: Kernels, weights: Sequence[torch.Tensor], bias: torch.Tensor | None = None
+        self,
+        kernels: Kernels,
+        layers: Sequence[torch.Tensor],
+        bias: torch.Tensor | None,
+        weights: Weights,
     ) -> None:
-        """One weight, or two, gate and up, that have no bias: bfloat16 [out, in], bias [out]."""
-        assert len(weights) == 1 or bias is None
+        """One layer, or two, gate and up, that have no bias: bfloat16 [out, in], bias [out]."""
+        assert len(layers) == 1 or bias is None
         self._multiply = kernels.multiply
-        self._num_outputs, self._num_inputs = weights[0].shape
-        self._is_gated = len(weights) - 1
+        self._num_outputs, self._num_inputs = layers[0].shape
+        self._is_gated = len(layers) - 1
         self._bias = bias
-        self._packed = _pack(kernels, weights)
+        self._packed = weights.final(_pack(kernels, layers))
         self._bias_pointer = None if bias is None else bias.data_ptr()
         self._weight_pointer = self._packed.data_ptr()
 
@@ -181,12 +196,17 @@ class StackedGate:
 
 
 def _pack(kernels: Kernels, weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Weights of one size in the kernel's layout, their tiles of outputs in turn."""
+    """Weights of one size in the kernel's layout, their tiles of outputs in turn.
+
+    Of weights without values the shape of that, without values.
+    """
     num_outputs, num_inputs = weights[0].shape
     num_tiles = -(-num_outputs // TILE_OUTPUTS) * len(weights)
     outputs = (num_tiles + num_tiles % 2) * TILE_OUTPUTS
     inputs = -(-num_inputs // TILE_INPUTS) * TILE_INPUTS
-    packed = torch.zeros(outputs * inputs, dtype=torch.bfloat16)
+    packed = torch.zeros(outputs * inputs, dtype=torch.bfloat16, device=weights[0].device)
+    if packed.is_meta:
+        return packed
     for index, weight in enumerate(weights):
         rows = weight.contiguous()
         kernels.pack_weight(

@@ -1,5 +1,7 @@
 """Load a checkpoint folder as a `Model`, on the fastest path that gives the right logits.
 
+`load_kept` builds the same model over weights that another process has loaded and checked.
+
 Architectures that can't be served are refused, by their configuration before loading and by a probe
 after it.
 """
@@ -18,14 +20,16 @@ from memserve.model.attention.batch import Attention
 from memserve.model.attention.native import load_kernels
 from memserve.model.attention.paged import PagedAttention
 from memserve.model.fused import FusedDecoder, can_fuse
+from memserve.model.kept import KeptWeights
 from memserve.model.layer_ops import LayerOps, NativeLayerOps
-from memserve.model.linear import Kind, Linears, choose_linears
-from memserve.model.model import Model, Transformer
+from memserve.model.linear import Kind, Linears, choose_kind, choose_linears
+from memserve.model.model import Model, Network, Transformer
 from memserve.model.probe import disagreement, eager_logits, probe_sequences
 from memserve.model.rotary import fix_longrope
 from memserve.model.shard import Collective, check_shards, load_shard, shard_config
 from memserve.model.spec import ModelSpec
 from memserve.model.support import check_config, layer_windows, model_spec
+from memserve.model.weights import MappedWeights, OwnWeights, Weights
 from memserve.pool.refs import DType
 
 log = logging.getLogger(__name__)
@@ -55,13 +59,15 @@ def load_model(
     max_model_len: int | None,
     block_size: int,
     ranks: Collective | None = None,
+    weights: Weights | None = None,
 ) -> Model:
     """Load the Hugging Face checkpoint in `folder` and check that it computes what it should.
 
     `device` is `cpu`, `cuda` or `cuda:N`. `max_model_len` None: as long as the configuration allows.
     `block_size` is the arena's, for the check. With `ranks` it is this rank's share of the model, all
-    ranks must load it at once, and logits are rank 0's. Raises `ModelNotFound` if there is no
-    checkpoint, `UnsupportedModel` with the reason if this engine can't serve it there.
+    ranks must load it at once, and logits are rank 0's. Its tensors pass through `weights`, if given.
+    Raises `ModelNotFound` if there is no checkpoint, `UnsupportedModel` with the reason if this engine
+    can't serve it there.
     """
     place = check_device(device, dtype)
     config = _read_config(folder)
@@ -77,7 +83,37 @@ def load_model(
         max_model_len=max_model_len,
         block_size=block_size,
         ranks=ranks,
+        weights=weights,
     )
+
+
+def load_kept(folder: Path, kept: KeptWeights, memory: torch.Tensor, *, device: str) -> Model:
+    """The model of the checkpoint in `folder`, over weights that a keeper has put into `memory`.
+
+    Reads its configuration alone, and leaves the check to the keeper. Raises what `load_model` does,
+    `UnsupportedModel` also if the weights are not those of this model.
+    """
+    place = check_device(device, kept.spec.dtype)
+    config = _read_config(folder)
+    windows = layer_windows(config.get_text_config())
+    weights = MappedWeights(kept.tensors, memory)
+    backend = _backend(kept.spec, windows, place, weights)
+    module = _skeleton(config, DTYPES[place.type][kept.spec.dtype])
+    if kept.is_fused:
+        assert backend.ops is not None
+        network: Network = FusedDecoder(module, backend.ops, backend.linears, windows)
+    else:
+        network = Transformer(module, backend.linears)
+    weights.check_end()
+    return Model(kept.spec, network, backend.attention, place)
+
+
+def why_not_shared(device: str, dtype: DType) -> str | None:
+    """Why other processes couldn't use the weights of a model that is loaded here; None: they can."""
+    place = check_device(device, dtype)
+    if place.type == "cpu" and choose_kind(load_kernels(), DTYPES["cpu"][dtype]) is Kind.ONEDNN:
+        return "oneDNN packs them in a layout of its own"
+    return None
 
 
 def assemble(
@@ -89,6 +125,7 @@ def assemble(
     max_model_len: int | None,
     block_size: int,
     ranks: Collective | None = None,
+    weights: Weights | None = None,
 ) -> Model:
     """A `Model` of the module that `load` gives, checked; it may be asked for a second one.
 
@@ -106,9 +143,11 @@ def assemble(
     sequences = probe_sequences(spec)
     expected = eager_logits(module, sequences)
     windows = layer_windows(config.get_text_config())
-    backend = _backend(spec, windows, device)
+    weights = weights or OwnWeights()
+    backend = _backend(spec, windows, device, weights)
     attention = backend.attention
     if backend.ops is not None and can_fuse(module):
+        weights.begin(is_fused=True)
         decoder = FusedDecoder(module, backend.ops, backend.linears, windows, ranks)
         model = Model(spec, decoder, attention, device)
         problem = _problem(model, sequences, expected, block_size, ranks)
@@ -123,6 +162,7 @@ def assemble(
         del decoder, model
         module = _moved(load(), device)
         fix_longrope(module, spec.max_model_len)
+    weights.begin(is_fused=False)
     model = Model(spec, Transformer(module, backend.linears), attention, device)
     problem = _problem(model, sequences, expected, block_size, ranks)
     if problem is not None:
@@ -170,7 +210,9 @@ def check_device(device: str, dtype: DType) -> torch.device:
     return place
 
 
-def _backend(spec: ModelSpec, windows: Sequence[int | None], device: torch.device) -> Backend:
+def _backend(
+    spec: ModelSpec, windows: Sequence[int | None], device: torch.device, weights: Weights
+) -> Backend:
     dtype = DTYPES[device.type][spec.dtype]
     if device.type == "cuda":
         # Triton comes with torch for CUDA, and nothing else needs it.
@@ -184,11 +226,11 @@ def _backend(spec: ModelSpec, windows: Sequence[int | None], device: torch.devic
             windows=windows,
             num_processors=multiprocessors,
         )
-        return Backend(attention, Linears(None, Kind.PLAIN), TritonLayerOps())
+        return Backend(attention, Linears(None, Kind.PLAIN, weights), TritonLayerOps())
     kernels = load_kernels()
     return Backend(
         PagedAttention(kernels, num_query_heads=spec.num_query_heads, windows=windows),
-        choose_linears(kernels, dtype),
+        choose_linears(kernels, dtype, weights),
         None if kernels is None else NativeLayerOps(kernels),
     )
 
@@ -222,6 +264,15 @@ def _load_module(
     except OSError as error:
         raise ModelNotFound(f"{folder}: {error}") from error
     return module
+
+
+def _skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model as `_load_module` makes it, but without values: its tensors have shapes only."""
+    with torch.device("meta"):
+        module: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation="eager"
+        )
+    return module.eval()
 
 
 def _eos_token_ids(module: PreTrainedModel) -> list[int]:

@@ -14,6 +14,7 @@ from memserve.model.attention.interface import IMPLEMENTATION, register
 from memserve.model.linear import Linears
 from memserve.model.spec import ModelSpec
 from memserve.model.step import LayerWritten, StepInput
+from memserve.model.weights import settle
 
 CPU = torch.device("cpu")
 
@@ -32,6 +33,7 @@ class Transformer:
         register()
         module.set_attn_implementation(IMPLEMENTATION)
         linears.replace(module)
+        settle(module, linears.weights)
         self._module = module
 
     def forward(self, batch: Batch) -> torch.Tensor:

@@ -14,6 +14,7 @@ import torch
 
 from memserve.config import EngineConfig
 from memserve.errors import UsageError
+from memserve.model.kept import KeptWeights
 from memserve.model.model import Model
 from memserve.model.step import StepInput, one_sequence
 from memserve.pool.cuda_runtime import Cuda, open_cuda
@@ -47,14 +48,19 @@ def explained_shortage() -> Iterator[None]:
         ) from error
 
 
-def with_cache_size(config: EngineConfig, model: Model, shape: ArenaLayout) -> EngineConfig:
+def with_cache_size(
+    config: EngineConfig, model: Model, shape: ArenaLayout, kept: KeptWeights | None = None
+) -> EngineConfig:
     """The configuration with its KV cache as large as the model leaves room for.
 
-    `shape` is the layout of one block. Whatever was given stays.
+    `shape` is the layout of one block. Whatever was given stays. Of `kept` weights, which torch
+    knows nothing of, and of their keeper's context the worker bears its part.
     """
     if config.kv_cache_bytes:
         return config
     taken = largest_step_bytes(config, model, shape) + CONTEXT_BYTES
+    if kept is not None:
+        taken += -(-(kept.num_bytes + CONTEXT_BYTES) // kept.num_workers)
     taken += 0 if config.enforce_eager else GRAPH_BYTES
     left = config.device_memory_bytes - taken
     logger.info(

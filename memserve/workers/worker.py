@@ -1,4 +1,7 @@
-"""Builds one worker: model, arena, pool, copy thread, engine; and runs it to its end."""
+"""Builds one worker: model, arena, pool, copy thread, engine; and runs it to its end.
+
+Or a keeper (`memserve.workers.keeper`), if the first message says so.
+"""
 
 import logging
 import socket
@@ -7,12 +10,15 @@ from pathlib import Path
 
 import torch
 
+from memserve.channel import receive_descriptor
 from memserve.config import EngineConfig
 from memserve.errors import UsageError
 from memserve.messages import Configure, Ready, StartFailed
-from memserve.model.loading import load_model
+from memserve.model.kept import KeptWeights
+from memserve.model.loading import load_kept, load_model
 from memserve.model.model import Model
 from memserve.model.shard import Collective
+from memserve.pool.cuda_runtime import Cuda
 from memserve.pool.generations import load_native_blocks
 from memserve.pool.progress import load_native_progress
 from memserve.pool.refs import ArenaDescriptor
@@ -21,9 +27,11 @@ from memserve.tensor.starting import StartedRanks
 from memserve.workers.engine import Engine
 from memserve.workers.gpu import explained_shortage, open_gpu, with_cache_size
 from memserve.workers.grammars import Grammars, Porter
+from memserve.workers.keeper import keep
 from memserve.workers.link import Link
 from memserve.workers.memory import WorkerMemory
 from memserve.workers.runner import Runner, build_runner
+from memserve.workers.weight_memory import open_memory
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +51,10 @@ def run_worker(
             return
         _start_logging(first)
         try:
-            serve(first, link, descriptors, started)
+            if first.keep_for:
+                keep(first, link, descriptors)
+            else:
+                serve(first, link, descriptors, started)
         except UsageError as error:
             link.send(StartFailed(str(error)))
         except Exception:  # said now: the launcher may kill us as soon as the link is closed
@@ -70,15 +81,18 @@ def serve(
 
 
 def _serve(configure: Configure, link: Link, descriptors: socket.socket, lead: Lead | None) -> None:
-    config = configure.engine
+    config, kept = configure.engine, configure.weights
     followers = None if lead is None else lead.followers
     with explained_shortage():
         cuda = open_gpu(config)
-        model = _load(config) if lead is None else lead.load(partial(_load, config, lead.ranks))
+        if kept is not None:
+            model = _map(config, kept, descriptors, cuda)
+        else:
+            model = _load(config) if lead is None else lead.load(partial(_load, config, lead.ranks))
         _check_groups(config, model)
         shape = model.spec.block_layout(config.block_size, config.kv_cache_dtype)
         if cuda is not None:
-            config = with_cache_size(config, model, shape)
+            config = with_cache_size(config, model, shape, kept)
         memory = WorkerMemory(
             config,
             shape,
@@ -174,8 +188,20 @@ def _load(config: EngineConfig, ranks: Collective | None = None) -> Model:
     )
 
 
+def _map(
+    config: EngineConfig, kept: KeptWeights, descriptors: socket.socket, cuda: Cuda | None
+) -> Model:
+    """The model over the weights that a keeper has loaded."""
+    descriptor = None if kept.device is not None else receive_descriptor(descriptors)
+    memory = open_memory(kept, descriptor, cuda)
+    model = load_kept(Path(config.weights), kept, memory, device=config.device)
+    logger.info("%.2f GiB of weights mapped, shared with other workers", kept.num_bytes / 2**30)
+    return model
+
+
 def _start_logging(configure: Configure) -> None:
+    kind = "keeper" if configure.keep_for else "worker"
     logging.basicConfig(
         level=configure.engine.log_level.upper(),
-        format=f"%(asctime)s worker-{configure.instance} %(levelname)s %(name)s: %(message)s",
+        format=f"%(asctime)s {kind}-{configure.instance} %(levelname)s %(name)s: %(message)s",
     )

@@ -140,12 +140,9 @@ class FakeWorkers:
         return [worker for worker in self._all if worker.instance == number][-1]
 
 
-@asynccontextmanager
-async def fake_cluster(
-    scheduler: Scheduler, *, num_workers: int, max_sp: int = 0
-) -> AsyncIterator[FakeWorkers]:
-    """A running cluster of mixed workers."""
-    engine = EngineConfig(
+def fake_engine() -> EngineConfig:
+    """What fake workers are told to run."""
+    return EngineConfig(
         weights="",
         eos_token_ids=(),
         device="cpu",
@@ -159,9 +156,16 @@ async def fake_cluster(
         num_threads=1,
         log_level="info",
     )
+
+
+@asynccontextmanager
+async def fake_cluster(
+    scheduler: Scheduler, *, num_workers: int, max_sp: int = 0
+) -> AsyncIterator[FakeWorkers]:
+    """A running cluster of mixed workers."""
     workers = FakeWorkers()
     workers.cluster = Cluster(
-        [InstancePlan(role=Role.MIXED, cores=[0], engine=engine)] * num_workers,
+        [InstancePlan(role=Role.MIXED, cores=[0], engine=fake_engine())] * num_workers,
         scheduler,
         max_num_queued_reqs=100,
         worker_timeout=60.0,

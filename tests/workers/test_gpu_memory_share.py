@@ -8,6 +8,7 @@ import torch
 
 from memserve.config import EngineConfig
 from memserve.errors import UsageError
+from memserve.model.kept import KeptWeights
 from memserve.model.loading import load_model
 from memserve.model.model import Model
 from memserve.workers import gpu
@@ -64,6 +65,17 @@ def test_kv_of_a_byte_takes_a_byte(model: Model) -> None:
     assert exact.block_bytes == 4 * small.block_bytes  # the model's type here is float32
     assert not exact.exchanges_with(small)
     assert small.dtype == "float8_e4m3fn"
+
+
+def test_of_kept_weights_and_their_keeper_each_worker_bears_its_part(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "largest_step_bytes", lambda *_: TAKEN)
+    shape = model.spec.block_layout(CONFIG.block_size)
+    kept = KeptWeights(spec=model.spec, is_fused=True, num_bytes=4 << 30, tensors=[], num_workers=2)
+    without = with_cache_size(CONFIG, model, shape).kv_cache_bytes
+    sized = with_cache_size(CONFIG, model, shape, kept)
+    assert without - sized.kv_cache_bytes == (2 << 30) + CONTEXT_BYTES // 2
 
 
 def test_a_model_that_fills_its_share_is_refused_with_what_to_change(
