@@ -198,6 +198,11 @@ class ServeConfig:
         True, "Let workers time a few steps at start, if a policy is `cost`; takes some seconds."
     )
     chat_template: str | None = _flag(None, "File with a Jinja chat template to use instead.")
+    tool_call_parser: str = _flag(
+        "auto",
+        "How the model writes calls of tools; auto: as its chat template does.",
+        choices=("auto", "hermes", "llama3_json", "mistral"),
+    )
     seed: int = _flag(0, "Base of the seeds given to requests that bring none.")
     shutdown_timeout: float = _flag(30.0, "Seconds that running requests get after SIGTERM.")
     log_level: str = _flag("info", "How much to log.", choices=("debug", "info", "warning"))

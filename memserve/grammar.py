@@ -50,7 +50,7 @@ def regex_grammar(regex: str) -> str:
 
 def choice_grammar(choices: Sequence[str]) -> str:
     """The answer is one of these."""
-    alternatives = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
+    alternatives = " | ".join(map(literal, choices))
     return llguidance.LLMatcher.grammar_from_lark(f"start: {alternatives}")
 
 
@@ -103,3 +103,14 @@ def deep_thread() -> ThreadPoolExecutor:
     finally:
         threading.stack_size(before)
     return executor
+
+
+def literal(text: str) -> str:
+    """A text within a rule of Lark."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def json_schema_rule(schema: Mapping[str, Any]) -> str:
+    """The body of a rule of Lark: JSON by a schema, written as `json.dumps` and templates write it."""
+    style = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+    return "%json " + json.dumps({**schema, "x-guidance": style})

@@ -225,6 +225,7 @@ async def serving(config: ServeConfig, prepared: PreparedModel) -> AsyncIterator
                 max_connections=connection_limit(config.max_connections),
                 client_timeout=config.client_timeout,
                 request_timeout=config.request_timeout,
+                tool_call_parser=config.tool_call_parser,
                 slo=Slo(seconds(config.slo_ttft), seconds(config.slo_tpot)),
                 answer_room=cluster.answer_room,
             )

@@ -69,6 +69,7 @@ from memserve.openai.responses import (
     ModelList,
     Tokenized,
 )
+from memserve.openai.tools import choose_syntax
 from memserve.scheduler.counters import Counters
 from memserve.tokens import Tokenizer
 
@@ -117,6 +118,7 @@ def create_app(
             numbers=itertools.count(),
             memo=memo,
             answer_room=settings.answer_room,
+            tool_syntax=choose_syntax(settings.tool_call_parser, tokenizer.tool_template),
         ),
         metrics=Metrics(settings.model_name, settings.max_model_len, collectors, settings.slo),
         settings=settings,

@@ -36,11 +36,14 @@ class Tokenizer:
         for_tools = prepared.chat_template(tools=True) if chat_template is None else chat_template
         self._template = self._compile(own)
         self._template_for_tools = self._template if for_tools == own else self._compile(for_tools)
+        self.tool_template = for_tools
+        """Source of the template for chats with tools; None: there is none."""
         added = self._backend.get_added_tokens_decoder()
         self.special_token_ids = frozenset(
             token_id for token_id, token in added.items() if token.special
         )
         """Ids that `skip_special_tokens` leaves out of decoded text."""
+        self._added = {token.content: token_id for token_id, token in added.items()}
         self._splitter, self._splitting = _splitter(list(added.values()))
 
     @property
@@ -75,6 +78,10 @@ class Tokenizer:
             for match in self._splitter.finditer(text)
             if match.group() in self._splitting and match.start()
         ]
+
+    def added_token_id(self, text: str) -> int | None:
+        """The token that always stands for this very text; None: there is none."""
+        return self._added.get(text)
 
     def token_text(self, token_id: int) -> str:
         """The token's own spelling in the vocabulary, or the empty string for an unknown id."""

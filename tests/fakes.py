@@ -24,7 +24,7 @@ VOCAB_SIZE = 258
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|eos|>\n"
     "{% endfor %}{% if tools %}[{{ tools | length }} tools]{% endif %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}{# calls as <tool_call> #}"
 )
 
 

@@ -332,6 +332,55 @@ async def test_messages_reach_the_template_as_text(served: Served, tokenizer: To
     assert "tools]" not in without
 
 
+CALLED = 'Hm.\n<tool_call>\n{"name": "look", "arguments": {"at": "é"}}\n</tool_call>'
+
+
+async def test_calls_of_tools_come_back_as_such_streamed_or_not(tokenizer: Tokenizer) -> None:
+    texts = [CALLED + "\n" + CALLED[4:], "No <tool> today."]
+    generator = ScriptedGenerator(lambda generation, choice: tokenizer.encode(texts[choice]))
+    async with serve(tokenizer, generator) as served:
+        asked: dict[str, Any] = {
+            "model": MODEL,
+            "messages": CHAT["messages"],
+            "tools": [TOOL],
+            "n": 2,
+        }
+        whole = await served.client.chat.completions.create(**asked)
+        calls: list[list[Any]] = [[], []]
+        contents, reasons = ["", ""], ["", ""]
+        async for chunk in await served.client.chat.completions.create(**asked, stream=True):
+            for part in chunk.choices:
+                contents[part.index] += part.delta.content or ""
+                calls[part.index] += part.delta.tool_calls or []
+                reasons[part.index] = part.finish_reason or reasons[part.index]
+        cut = await served.client.chat.completions.create(**{**asked, "n": 1}, max_tokens=30)
+    first, second = whole.choices
+    assert (first.finish_reason, second.finish_reason) == ("tool_calls", "stop") == (*reasons,)
+    assert (first.message.content, second.message.content) == ("Hm.", texts[1]) == (*contents,)
+    assert second.message.tool_calls is None
+    assert calls[1] == []
+    assert [call.index for call in calls[0]] == [0, 1]
+    for found in (first.message.tool_calls or [], calls[0]):
+        functions = [call.function for call in found]
+        assert [(each.name, each.arguments) for each in functions] == [("look", '{"at": "é"}')] * 2
+        assert len({call.id for call in found}) == 2
+    assert cut.choices[0].finish_reason == "length"
+    assert cut.choices[0].message.tool_calls is None
+
+
+async def test_a_demanded_call_is_held_to_the_tools(served: Served) -> None:
+    named = {"type": "function", "function": {"name": "look"}}
+    asked = {**CHAT, "tools": [TOOL, {"type": "function", "function": {"name": "wait"}}]}
+    for choice, grammars in (("auto", 0), ("required", 2), (named, 1), ("none", 0)):
+        status, _ = await served.post(CHATS, {**asked, "tool_choice": choice})
+        assert status == 200
+        grammar = served.generator.generations[-1].sampling.grammar
+        assert grammar.count("%json") == grammars
+        assert (")*" in grammar) == (choice == "required")
+    await served.post(CHATS, {**asked, "tool_choice": "required", "parallel_tool_calls": False})
+    assert ")*" not in served.generator.generations[-1].sampling.grammar
+
+
 async def test_a_final_message_is_continued(served: Served, tokenizer: Tokenizer) -> None:
     body = {
         "messages": [
@@ -423,6 +472,8 @@ async def test_sampling_fields_reach_the_generation(served: Served) -> None:
 COMPLETIONS = "/v1/completions"
 CHATS = "/v1/chat/completions"
 
+TOOL = {"type": "function", "function": {"name": "look"}}
+WRONG_TOOL = {"type": "function", "function": {"name": "f", "parameters": {"required": 1}}}
 MALFORMED: list[tuple[str, object, str | None]] = [
     (COMPLETIONS, b"", None),
     (COMPLETIONS, b"{", None),
@@ -561,6 +612,27 @@ MALFORMED: list[tuple[str, object, str | None]] = [
     (CHATS, {**CHAT, "tool_choice": "required", "tools": []}, "tool_choice"),
     (CHATS, {**CHAT, "tool_choice": {"type": "function"}}, "tool_choice"),
     (CHATS, {**CHAT, "tool_choice": "auto"}, "tool_choice"),
+    (CHATS, {**CHAT, "tool_choice": "any", "tools": [TOOL]}, "tool_choice"),
+    (
+        CHATS,
+        {
+            **CHAT,
+            "tool_choice": {"type": "function", "function": {"name": "f"}},
+            "tools": [TOOL],
+        },
+        "tool_choice",
+    ),
+    (
+        CHATS,
+        {
+            **CHAT,
+            "tool_choice": "required",
+            "tools": [TOOL],
+            "response_format": {"type": "json_object"},
+        },
+        "tool_choice",
+    ),
+    (CHATS, {**CHAT, "tool_choice": "required", "tools": [WRONG_TOOL]}, "tools"),
     (CHATS, {**CHAT, "tools": [{"type": "function"}]}, "tools[0].function"),
     (CHATS, {**CHAT, "chat_template": "x"}, "chat_template"),
     (CHATS, {**CHAT, "chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),

@@ -109,6 +109,8 @@ class ServerSettings:
     request_timeout: float | None = None
     """Seconds that any request may take; None: for ever."""
     slo: Slo = field(default_factory=Slo)
+    tool_call_parser: str = "auto"
+    """Name of how the model writes calls of tools; `auto`: by its chat template."""
     answer_room: Callable[[int], int] | None = None
     """Most tokens of an answer by its prompt's length, if the client doesn't say; None: no bound."""
 

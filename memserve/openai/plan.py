@@ -17,7 +17,7 @@ from memserve.errors import InvalidRequest, NotFound
 from memserve.generation import Generation
 from memserve.openai import validation
 from memserve.openai.conversation import render_conversation
-from memserve.openai.forms import AnswerForm, asked_form
+from memserve.openai.forms import AnswerForm
 from memserve.openai.memo import ChatMemo, Conversation
 from memserve.openai.requests import (
     ChatRequest,
@@ -27,6 +27,8 @@ from memserve.openai.requests import (
     TokenizeRequest,
     read_body,
 )
+from memserve.openai.tool_choice import ToolUse, form_of, tool_use
+from memserve.openai.tools import ToolSyntax
 from memserve.pool.index import pack_tokens
 from memserve.tokens import Tokenizer
 
@@ -51,6 +53,8 @@ class ServedModel:
     """The tokens of the conversations that were served."""
     answer_room: Callable[[int], int] | None = None
     """Most tokens of an answer by its prompt's length, if the client asks for none."""
+    tool_syntax: ToolSyntax | None = None
+    """How the model writes calls of tools; None: nobody knows."""
 
     def check_name(self, name: str | None) -> None:
         """Raise `NotFound` when a client asks for another model; no name means this one."""
@@ -110,6 +114,8 @@ class Plan:
     """Where the answers of a chat are remembered; None: nowhere."""
     form: AnswerForm | None
     """What the answers must match, still to be checked; None: nothing."""
+    tools: ToolSyntax | None = None
+    """How calls of tools are written in the answers; None: there are none."""
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -150,6 +156,7 @@ def plan_chat(body: bytes, model: ServedModel, caller: Caller) -> Plan:
     request = read_body(body, ChatRequest)
     model.check_name(request.model)
     validation.refuse_chat_extras(request)
+    tools = tool_use(request, model.tool_syntax, model.tokenizer)
     conversation = request if request.tool_choice != "none" else _without_tools(request)
     text = render_conversation(conversation, model.tokenizer)
     talk = _conversation(request, text, model)
@@ -171,6 +178,7 @@ def plan_chat(body: bytes, model: ServedModel, caller: Caller) -> Plan:
         logprobs=validation.chat_logprobs(request),
         echoed=None,
         conversation=talk,
+        tools=tools,
     )
 
 
@@ -208,6 +216,7 @@ def _plan(
     logprobs: int | None,
     echoed: list[str] | None,
     conversation: Conversation | None = None,
+    tools: ToolUse | None = None,
 ) -> Plan:
     """What both APIs do the same once the prompts are tokens."""
     validation.refuse_what_we_lack(request)
@@ -217,7 +226,7 @@ def _plan(
     seed = validation.requested_seed(request)
     priority = validation.priority(request)
     request_id = _request_id(request.request_id, caller.request_id)
-    form = asked_form(request)
+    form = form_of(request, tools)
     generations = []
     for prompt in prompts:
         number = next(model.numbers)
@@ -259,7 +268,8 @@ def _plan(
         rules=TextRules(
             stops=stops,
             include_stop=bool(request.include_stop_str_in_output),
-            skip_special_tokens=request.skip_special_tokens is not False,
+            skip_special_tokens=request.skip_special_tokens is not False
+            and not (tools and tools.marked_by_special_tokens),
             min_tokens=sampling.min_tokens,
             stop_token_ids=frozenset(sampling.stop_token_ids),
         ),
@@ -272,6 +282,7 @@ def _plan(
         timeout=validation.time_limit(request),
         conversation=conversation,
         form=form,
+        tools=None if tools is None else tools.syntax,
     )
 
 

@@ -4,6 +4,7 @@ A presenter belongs to one request. It gets every delta of every choice once, in
 makes a chunk of each or, at the end, one body of all. The two APIs differ in their shapes alone.
 """
 
+import hashlib
 from typing import Protocol, TypeAlias
 
 from msgspec import UNSET, UnsetType
@@ -12,6 +13,8 @@ from memserve.messages import TokenEvent
 from memserve.openai.answer import Delta
 from memserve.openai.plan import Plan
 from memserve.openai.responses import (
+    AnswerToolCall,
+    CalledFunction,
     ChatAnswer,
     ChatChoice,
     ChatChunk,
@@ -26,6 +29,7 @@ from memserve.openai.responses import (
     TopLogprob,
     Usage,
 )
+from memserve.openai.tools import MISTRAL, Call, ToolParser
 from memserve.tokens import Tokenizer
 
 LEAST_LOGPROB = -9999.0
@@ -148,6 +152,7 @@ class ChatPresenter:
         self._fingerprint = system_fingerprint
         self._started: set[int] = set()
         self._id = f"chatcmpl-{plan.request_id}"
+        self._parsers: dict[int, ToolParser] = {}
 
     def chunks(self, delta: Delta, usage: Usage | None) -> list[Chunk]:
         """One chunk with the new text; before a choice's first, one with its role."""
@@ -156,16 +161,46 @@ class ChatPresenter:
             role = ChatChunkChoice(index=delta.index, delta=ChatDelta(role="assistant", content=""))
             chunks.append(self._chunk([role], usage, with_prompt=not self._started))
             self._started.add(delta.index)
+        text, calls, finish_reason = self._read(delta)
         choice = ChatChunkChoice(
             index=delta.index,
-            delta=ChatDelta(content=delta.text),
+            delta=ChatDelta(
+                content=UNSET if calls and not text else text, tool_calls=calls or UNSET
+            ),
             logprobs=self._logprobs(delta),
-            finish_reason=delta.finish_reason,
+            finish_reason=finish_reason,
             stop_reason=delta.stop_reason,
             token_ids=self._token_ids(delta),
         )
         chunks.append(self._chunk([choice], usage))
         return chunks
+
+    def _read(self, delta: Delta) -> tuple[str, list[AnswerToolCall], str | None]:
+        """What is said and called in the new text, and why the choice has ended, if it has."""
+        if self._plan.tools is None:
+            return delta.text, [], delta.finish_reason
+        parser = self._parsers.setdefault(delta.index, ToolParser(self._plan.tools))
+        first = parser.num_calls
+        found = parser.push(delta.text)
+        if delta.finish_reason is not None:
+            found += parser.flush()
+        calls = [
+            self._call(delta.index, number, call)
+            for number, call in enumerate((one for one in found if isinstance(one, Call)), first)
+        ]
+        stopped = delta.finish_reason == "stop"
+        finish_reason = "tool_calls" if stopped and parser.num_calls else delta.finish_reason
+        return "".join(one for one in found if isinstance(one, str)), calls, finish_reason
+
+    def _call(self, choice: int, number: int, call: Call) -> AnswerToolCall:
+        called = f"{self._plan.generations[0].request_id}/{choice}/{number}".encode()
+        digest = hashlib.blake2b(called, digest_size=12).hexdigest()
+        return AnswerToolCall(
+            index=number if self._plan.stream else UNSET,
+            # Mistral's templates take ids of nine letters and digits only.
+            id=digest[:9] if self._plan.tools is MISTRAL else f"call_{digest}",
+            function=CalledFunction(name=call.name, arguments=call.arguments),
+        )
 
     def usage_chunk(self, usage: Usage) -> Chunk:
         """The usage, without choices."""
@@ -177,20 +212,23 @@ class ChatPresenter:
             id=self._id,
             created=self._created,
             model=self._plan.model,
-            choices=[
-                ChatChoice(
-                    index=answer.index,
-                    message=ChatAnswer(content=answer.text),
-                    logprobs=self._logprobs(answer),
-                    finish_reason=answer.finish_reason,
-                    stop_reason=answer.stop_reason,
-                    token_ids=self._token_ids(answer),
-                )
-                for answer in answers
-            ],
+            choices=[self._choice(answer) for answer in answers],
             usage=usage,
             system_fingerprint=self._fingerprint,
             prompt_token_ids=self._prompt_ids(),
+        )
+
+    def _choice(self, answer: Delta) -> ChatChoice:
+        text, calls, finish_reason = self._read(answer)
+        return ChatChoice(
+            index=answer.index,
+            message=ChatAnswer(
+                content=None if calls and not text else text, tool_calls=calls or UNSET
+            ),
+            logprobs=self._logprobs(answer),
+            finish_reason=finish_reason,
+            stop_reason=answer.stop_reason,
+            token_ids=self._token_ids(answer),
         )
 
     def _chunk(

@@ -81,12 +81,29 @@ class ChatLogprobs(msgspec.Struct, kw_only=True):
     refusal: None = None
 
 
+class CalledFunction(msgspec.Struct, kw_only=True):
+    """A function that the model calls; `arguments` is a JSON object in a string."""
+
+    name: str
+    arguments: str
+
+
+class AnswerToolCall(msgspec.Struct, kw_only=True):
+    """A call of a tool; in a stream a call comes whole, with its number in the answer."""
+
+    index: int | UnsetType = UNSET
+    id: str
+    type: str = "function"
+    function: CalledFunction
+
+
 class ChatAnswer(msgspec.Struct, kw_only=True):
-    """The assistant's message."""
+    """The assistant's message; no content where it does nothing but call."""
 
     role: str = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    tool_calls: list[AnswerToolCall] | UnsetType = UNSET
 
 
 class ChatChoice(msgspec.Struct, kw_only=True):
@@ -118,6 +135,7 @@ class ChatDelta(msgspec.Struct, kw_only=True):
 
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    tool_calls: list[AnswerToolCall] | UnsetType = UNSET
 
 
 class ChatChunkChoice(msgspec.Struct, kw_only=True):

@@ -105,10 +105,6 @@ def refuse_completion_extras(request: CompletionRequest) -> None:
 
 def refuse_chat_extras(request: ChatRequest) -> None:
     """Raise `InvalidRequest` for what POST /v1/chat/completions does not do."""
-    if request.tool_choice is not None and request.tool_choice not in ("none", "auto"):
-        raise not_supported("tool_choice", why='only "none" and "auto" are accepted')
-    if request.tool_choice == "auto" and not request.tools:
-        raise InvalidRequest("`tool_choice` needs `tools`.", param="tool_choice")
     if request.functions:
         raise not_supported("functions", why="use `tools`")
     if request.function_call is not None:
