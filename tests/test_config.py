@@ -131,6 +131,7 @@ def test_cores_are_divided_among_the_workers(num_workers: int, shares: list[list
         ServeConfig(gpu_memory_utilization=1.5),
         ServeConfig(slo_ttft=0),
         ServeConfig(slo_tpot=float("inf")),
+        ServeConfig(slo_admission="reject"),
         ServeConfig(max_num_queued_tokens=0),
         ServeConfig(max_connections=0),
         ServeConfig(client_timeout=0),
@@ -141,6 +142,11 @@ def test_cores_are_divided_among_the_workers(num_workers: int, shares: list[list
 def test_numbers_that_make_no_sense_are_refused(config: ServeConfig) -> None:
     with pytest.raises(UsageError):
         check_ranges(config)
+
+
+def test_one_objective_is_enough_to_turn_requests_away_for() -> None:
+    check_ranges(ServeConfig(slo_admission="reject", slo_ttft=500))
+    check_ranges(ServeConfig(slo_admission="reject", slo_tpot=50))
 
 
 def test_api_keys_come_from_the_flag_and_from_a_file(tmp_path: Path) -> None:
