@@ -29,7 +29,7 @@ HARDLY_LONGER = 1.1
 SHORT = 0.5
 """Of an ordinary step without context, where others are about."""
 
-MUCH_LONGER = 4 / 3
+MUCH_LONGER = 1.2
 """How much more of the prompt's time short chunks may cost."""
 
 ABOUT = 0.5

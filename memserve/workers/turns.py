@@ -13,6 +13,7 @@ calls `computed` for each slice of a group, or `broke`. A group that can't go on
 which calls `remove`.
 """
 
+import time
 from bisect import insort
 from collections.abc import Callable
 from operator import attrgetter
@@ -28,6 +29,9 @@ from memserve.workers.sequence import Slice
 
 PAUSE_S = 0.002
 """How long an engine without other work waits for other ranks before it looks at its inbox."""
+
+MEET_S = 0.008
+"""How long a rank that has streams waits for those who leave a chunk together with it."""
 
 Leave = Callable[[Part, str, int | None], None]
 """Give a part up, for this reason; the instance that was waited for in vain."""
@@ -80,7 +84,7 @@ class Turns:
         A group's step lasts as long as that of its slowest rank, so whatever is added to one of them
         would keep all of them.
         """
-        self._entered = None
+        left, self._entered = self._entered, None
         part = self._first()
         passing = part is None or self._gives_way(part)
         slices = batcher.schedule(prefill=passing)
@@ -91,7 +95,7 @@ class Turns:
             if self._give_way(part):
                 return slices
             slices = [other for other in slices if not other.sequence.prefilling]
-        if not self._all_reached(part):
+        if not (self._meet(part) if part is left else self._all_reached(part)):
             return slices
         self._entered = part
         self.num_steps += 1
@@ -159,6 +163,18 @@ class Turns:
         part.lockstep.tell(part.num_chunks_done)
         part.ready = True
         return self._others_reached(part, seconds)
+
+    def _meet(self, part: Part) -> bool:
+        """The same, right after a chunk: the others leave it now, too, and most often are ready at once.
+
+        Who doesn't wait for them computes a step of its streams, for which they wait in the next chunk's
+        first layer, with theirs; and all do so before every chunk.
+        """
+        deadline = time.monotonic() + MEET_S
+        while not self._all_reached(part, seconds=max(0.0, deadline - time.monotonic())):
+            if part not in self._started or time.monotonic() >= deadline:
+                return False
+        return True
 
     def _others_reached(self, part: Part, seconds: float = 0.0) -> bool:
         """Whether the others are ready for the next chunk. The group may turn out to be broken."""

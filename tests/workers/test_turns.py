@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import pytest
 
+from memserve.workers import turns
 from memserve.workers.memory import WorkerMemory
 from memserve.workers.runner import StepRunner
 from memserve.workers.sequence import Slice
@@ -173,6 +174,28 @@ def test_who_waits_for_a_rank_that_is_busy_with_an_older_group_goes_on_with_othe
         launcher.finish(older, GROUP)
         assert_answered(first)
         assert_answered(asked)
+
+
+def test_ranks_that_leave_a_chunk_together_enter_the_next_one_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(turns, "MEET_S", 5.0)  # no rank takes that long to say that it is ready
+    steps = [Steps(), Steps()]
+    with running(*(each.engine(i) for i, each in enumerate(steps))) as launcher:
+        streams = {0: text(1, 6), 1: text(2, 6)}
+        for instance, prompt in streams.items():
+            engine = launcher.engines[instance]
+            engine.submit(instance + 1, prompt, max_tokens=800)
+            launcher.until(lambda engine=engine, t=instance + 1: bool(engine.tokens(t)))  # type: ignore[misc]
+        asked = launcher.submit(GROUP, text(3, 400), (0, 1), chunk_tokens=8)
+        launcher.finish(GROUP)
+        assert_answered(asked)
+        for each in steps:
+            shared = [GROUP in step for step in each.done]
+            last = len(shared) - shared[::-1].index(True)
+            assert all(shared[shared.index(True) : last])
+        for instance in streams:
+            launcher.engines[instance].abort(instance + 1)
 
 
 @pytest.mark.parametrize("looks_in_between", [True, False])
