@@ -14,6 +14,7 @@ import numpy as np
 
 from memserve.bench.parallel_setup import Options, Prompts, cluster, first_token
 from memserve.cluster.cluster import Cluster
+from memserve.config import ServeConfig
 from memserve.generation import Generation
 from memserve.model.prepared import PreparedModel
 
@@ -57,10 +58,13 @@ async def mixed(prepared: PreparedModel, options: Options, *, max_sp: int) -> Mi
     """Chats that come at random, and a document at regular times, for a while."""
     prompts = Prompts(options.seed + 1, prepared.vocab_size)
     chance = np.random.default_rng(options.seed)
-    async with cluster(prepared, options, num_workers=options.num_workers, max_sp=max_sp) as (
-        served,
-        scheduler,
-    ):
+    async with cluster(
+        prepared,
+        options,
+        num_workers=options.num_workers,
+        max_sp=max_sp,
+        sp_min_tokens=ServeConfig().sp_min_tokens,
+    ) as (served, scheduler):
         await first_token(served, prompts.generation(1024, 1))
         scheduler.counters.num_groups.clear()
 

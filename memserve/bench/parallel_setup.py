@@ -98,14 +98,19 @@ class Prompts:
 
 @asynccontextmanager
 async def cluster(
-    prepared: PreparedModel, options: Options, *, num_workers: int, max_sp: int
+    prepared: PreparedModel,
+    options: Options,
+    *,
+    num_workers: int,
+    max_sp: int,
+    sp_min_tokens: int = 1,
 ) -> AsyncIterator[tuple[Cluster, Sized]]:
     """Mixed workers that share the cores, calibrated."""
     config = ServeConfig(
         mixed=num_workers,
         kv_cache_memory=options.kv_cache_memory,
         max_sp=max_sp,
-        sp_min_tokens=1,
+        sp_min_tokens=sp_min_tokens,
     )
     plans = plan_instances(config, prepared)
     scheduler = Sized(scheduler_config(config, plans[0].engine))

@@ -20,7 +20,7 @@ from memserve.scheduler.group_cost import GroupModel
 from memserve.scheduler.interface import SchedulerConfig
 from memserve.scheduler.outlook import Slots
 
-CHUNKS = (0.125, 0.1875, 0.25, 0.3125, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+CHUNKS = (0.125, 0.1875, 0.25, 0.3125, 0.375, 0.4375, 0.5, 0.625, 0.75, 0.875, 1.0)
 """Shares of an ordinary step's tokens that a rank's share of a chunk may have."""
 
 HARDLY_LONGER = 1.1
@@ -29,7 +29,7 @@ HARDLY_LONGER = 1.1
 SHORT = 0.5
 """Of an ordinary step without context, where others are about."""
 
-MUCH_LONGER = 1.2
+MUCH_LONGER = 1.25
 """How much more of the prompt's time short chunks may cost."""
 
 ABOUT = 0.5
