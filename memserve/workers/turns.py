@@ -165,10 +165,10 @@ class Turns:
         return self._others_reached(part, seconds)
 
     def _meet(self, part: Part) -> bool:
-        """The same, right after a chunk: the others leave it now, too, and most often are ready at once.
+        """The same, right after a chunk: the others leave it now, too, and most are ready at once.
 
-        Who doesn't wait for them computes a step of its streams, for which they wait in the next chunk's
-        first layer, with theirs; and all do so before every chunk.
+        Who doesn't wait for them computes a step of its streams, for which they wait in the next
+        chunk's first layer, with theirs; and all do so before every chunk.
         """
         deadline = time.monotonic() + MEET_S
         while not self._all_reached(part, seconds=max(0.0, deadline - time.monotonic())):
