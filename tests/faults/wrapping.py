@@ -161,6 +161,7 @@ class FaultyLink(Link):
     def __init__(self, control: Any, faults: Faults) -> None:
         super().__init__(control)
         self.inbox = FaultyInbox(faults)
+        self.receive = self.inbox.put
         self._mishaps = Mishaps("from", faults)
 
     def send(self, message: msgspec.Struct) -> None:
