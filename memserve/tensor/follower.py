@@ -13,7 +13,6 @@ import os
 import socket
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import assert_never
 
 import msgspec
@@ -22,7 +21,7 @@ import torch
 
 from memserve.config import EngineConfig
 from memserve.errors import ChannelClosed, PoolError, StaleReference, UsageError
-from memserve.model.loading import load_model
+from memserve.model.configured import load_configured
 from memserve.model.model import Model
 from memserve.model.step import StepInput
 from memserve.pool.arena import Arena
@@ -149,14 +148,7 @@ def _serve(
     torch.set_grad_enabled(False)
     with meeting(meeting_point, join.rank, config.num_ranks, join.means) as ranks:
         os.close(meeting_point)
-        model = load_model(
-            Path(config.weights),
-            device=config.device,
-            dtype=config.dtype,
-            max_model_len=config.max_model_len,
-            block_size=config.block_size,
-            ranks=ranks,
-        )
+        model = load_configured(config, ranks=ranks)
         memory = ShardMemory(
             join, model.spec.block_layout(config.block_size, config.kv_cache_dtype)
         )

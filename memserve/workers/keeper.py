@@ -18,8 +18,9 @@ from memserve.channel import send_descriptor
 from memserve.config import EngineConfig
 from memserve.errors import UnsupportedModel
 from memserve.messages import CannotShare, Configure, Kept, Shutdown
+from memserve.model.configured import load_configured
 from memserve.model.kept import KeptWeights
-from memserve.model.loading import load_kept, load_model, why_not_shared
+from memserve.model.loading import load_kept, why_not_shared
 from memserve.model.probe import disagreement, packed_logits, probe_sequences
 from memserve.model.weights import RecordedWeights
 from memserve.pool.cuda_runtime import Cuda
@@ -70,14 +71,7 @@ def load_shared(
     if reason := why_not_shared(config.device, config.dtype):
         raise NotShareable(reason)
     recorded = RecordedWeights()
-    model = load_model(
-        Path(config.weights),
-        device=config.device,
-        dtype=config.dtype,
-        max_model_len=config.max_model_len,
-        block_size=config.block_size,
-        weights=recorded,
-    )
+    model = load_configured(config, weights=recorded)
     spec = model.spec
     sequences = [tokens[:NUM_CHECK_TOKENS] for tokens in probe_sequences(spec)]
     expected = packed_logits(model, sequences, config.block_size)

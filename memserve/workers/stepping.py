@@ -150,8 +150,10 @@ class Stepper:
 
     def _known_after(self, step: Step) -> list[Sequence]:
         """The sequences of the step after this one; none if that must be scheduled."""
+        if not step.pending.may_be_followed:
+            return []
         alive = [part.sequence for part in step.slices if part.sequence.blocks]
-        if not step.pending.may_be_followed or len(alive) != len(self._batcher.running):
+        if len(alive) != len(self._batcher.running):
             return []
         if any(each.prefilling or each.spread for each in alive) or not self._is_quiet():
             return []

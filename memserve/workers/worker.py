@@ -14,10 +14,10 @@ from memserve.channel import receive_descriptor
 from memserve.config import EngineConfig
 from memserve.errors import UsageError
 from memserve.messages import Configure, Ready, StartFailed
+from memserve.model.configured import load_configured
 from memserve.model.kept import KeptWeights
-from memserve.model.loading import load_kept, load_model
+from memserve.model.loading import load_kept
 from memserve.model.model import Model
-from memserve.model.shard import Collective
 from memserve.pool.cuda_runtime import Cuda
 from memserve.pool.generations import load_native_blocks
 from memserve.pool.progress import load_native_progress
@@ -87,8 +87,10 @@ def _serve(configure: Configure, link: Link, descriptors: socket.socket, lead: L
         cuda = open_gpu(config)
         if kept is not None:
             model = _map(config, kept, descriptors, cuda)
+        elif lead is not None:
+            model = lead.load(partial(load_configured, config, ranks=lead.ranks))
         else:
-            model = _load(config) if lead is None else lead.load(partial(_load, config, lead.ranks))
+            model = load_configured(config)
         _check_groups(config, model)
         shape = model.spec.block_layout(config.block_size, config.kv_cache_dtype)
         if cuda is not None:
@@ -174,17 +176,6 @@ def _runner(
         async_scheduling=config.async_scheduling,
         space=memory.space,
         grammars=grammars,
-    )
-
-
-def _load(config: EngineConfig, ranks: Collective | None = None) -> Model:
-    return load_model(
-        Path(config.weights),
-        device=config.device,
-        dtype=config.dtype,
-        max_model_len=config.max_model_len,
-        block_size=config.block_size,
-        ranks=ranks,
     )
 
 

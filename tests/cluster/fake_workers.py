@@ -44,21 +44,46 @@ LAYOUT = ArenaLayout(
 T = TypeVar("T", bound=msgspec.Struct)
 
 
-class FakeWorker:
-    """One worker: `heard` has what it was sent since it was ready."""
+class FakeProcess:
+    """A process as the launcher sees it, which is a task; what it does is `_run`."""
 
     def __init__(self, control: socket.socket, descriptors: socket.socket) -> None:
         self._control, self._descriptors = control.dup(), descriptors.dup()
-        self.instance = self.epoch = -1
-        self.heard: list[msgspec.Struct] = []
-        self._channel: Channel[ToWorker]
         self._task = asyncio.create_task(self._run())
         self._task.add_done_callback(self._let_go)
+
+    async def _run(self) -> None:
+        raise NotImplementedError
 
     def _let_go(self, _: "asyncio.Task[None]") -> None:
         """Also when it was killed before it ran at all."""
         self._control.close()
         self._descriptors.close()
+
+    @property
+    def pid(self) -> int:
+        return os.getpid()
+
+    @property
+    def returncode(self) -> int | None:
+        return 0 if self._task.done() else None
+
+    async def wait(self) -> int:
+        await asyncio.gather(self._task, return_exceptions=True)
+        return 0
+
+    def kill(self) -> None:
+        self._task.cancel()
+
+
+class FakeWorker(FakeProcess):
+    """One worker: `heard` has what it was sent since it was ready."""
+
+    def __init__(self, control: socket.socket, descriptors: socket.socket) -> None:
+        super().__init__(control, descriptors)
+        self.instance = self.epoch = -1
+        self.heard: list[msgspec.Struct] = []
+        self._channel: Channel[ToWorker]
 
     async def _run(self) -> None:
         self._channel = await Channel.open(self._control, ToWorker)
@@ -106,21 +131,6 @@ class FakeWorker:
         return [
             BlockRef(self.instance, self.epoch, 0, first + block, 1) for block in range(num_blocks)
         ]
-
-    @property
-    def pid(self) -> int:
-        return os.getpid()
-
-    @property
-    def returncode(self) -> int | None:
-        return 0 if self._task.done() else None
-
-    async def wait(self) -> int:
-        await asyncio.gather(self._task, return_exceptions=True)
-        return 0
-
-    def kill(self) -> None:
-        self._task.cancel()
 
 
 class FakeWorkers:

@@ -21,7 +21,7 @@ from memserve.model.spec import ModelSpec
 from memserve.pool.refs import DeviceMemory
 from memserve.scheduler.interface import Role, SchedulerConfig
 from memserve.scheduler.scheduler import Scheduler
-from tests.cluster.fake_workers import BLOCK_SIZE, FakeWorker, fake_engine
+from tests.cluster.fake_workers import BLOCK_SIZE, FakeProcess, FakeWorker, fake_engine
 
 SPEC = ModelSpec(
     architecture="Tiny",
@@ -43,21 +43,15 @@ def plan(engine: object = ENGINE, cores: tuple[int, ...] = (0,)) -> InstancePlan
     return InstancePlan(role=Role.MIXED, cores=cores, engine=engine)
 
 
-class FakeKeeper:
+class FakeKeeper(FakeProcess):
     """A keeper's process that answers, or ends without a word, and stays if it is on a GPU."""
 
     def __init__(
         self, control: socket.socket, descriptors: socket.socket, answers: list[object]
     ) -> None:
-        self._control, self._descriptors = control.dup(), descriptors.dup()
+        super().__init__(control, descriptors)
         self._answers = answers
         self.configured: Configure | None = None
-        self._task = asyncio.create_task(self._run())
-        self._task.add_done_callback(self._let_go)
-
-    def _let_go(self, _: "asyncio.Task[None]") -> None:
-        self._control.close()
-        self._descriptors.close()
 
     async def _run(self) -> None:
         channel: Channel[ToWorker] = await Channel.open(self._control, ToWorker)
@@ -76,21 +70,6 @@ class FakeKeeper:
                 channel.send(answer)
         finally:
             await channel.close()
-
-    @property
-    def pid(self) -> int:
-        return os.getpid()
-
-    @property
-    def returncode(self) -> int | None:
-        return 0 if self._task.done() else None
-
-    async def wait(self) -> int:
-        await asyncio.gather(self._task, return_exceptions=True)
-        return 0
-
-    def kill(self) -> None:
-        self._task.cancel()
 
 
 class Rig:

@@ -7,15 +7,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from memserve.bench.small_model import small_model
 from memserve.cluster.cluster import Cluster
 from memserve.cluster.instance import InstancePlan
-from memserve.config import EngineConfig
 from memserve.errors import UsageError
 from memserve.paths import cache_dir
 from memserve.scheduler.interface import Role
+from tests.cluster.fake_workers import fake_engine
 from tests.e2e.servers import SMALL, ServerProcess, children, serve, wait_until_gone
 from tests.workers.rig import Crossing
 
@@ -98,20 +99,8 @@ def test_each_worker_has_its_own_copy_if_told_so(log: Path) -> None:
 
 
 async def test_a_model_that_cannot_be_loaded_is_refused_with_the_reason(tmp_path: Path) -> None:
-    engine = EngineConfig(
-        weights=str(tmp_path),
-        eos_token_ids=(),
-        device="cpu",
-        dtype="float32",
-        max_model_len=100,
-        block_size=16,
-        kv_cache_bytes=1 << 20,
-        max_num_seqs=4,
-        max_num_batched_tokens=64,
-        handover_timeout=1.0,
-        num_threads=1,
-        share_weights=True,
-        log_level="warning",
+    engine = msgspec.structs.replace(
+        fake_engine(), weights=str(tmp_path), share_weights=True, log_level="warning"
     )
     plans = [InstancePlan(role=Role.MIXED, cores=[0], engine=engine)] * 2
     cluster = Cluster(plans, Crossing(), max_num_queued_reqs=1)

@@ -5,16 +5,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
+import msgspec
 import pytest
 import torch
 
-from memserve.config import EngineConfig
 from memserve.errors import UsageError
 from memserve.messages import Configure, Ready, Shutdown
 from memserve.model import loading
 from memserve.workers import worker
 from memserve.workers.link import Link
 from memserve.workers.worker import serve
+from tests.cluster.fake_workers import fake_engine
 from tests.model.tiny import ARCHITECTURES, save
 from tests.workers.by_hand import KeptMessages
 
@@ -29,20 +30,12 @@ def _torch_as_before() -> Iterator[None]:
 
 def start(folder: Path, max_sp: int) -> KeptMessages:
     """Run a worker of a tiny model till it ends, which it is told to do at once."""
-    config = EngineConfig(
+    config = msgspec.structs.replace(
+        fake_engine(),
         weights=str(save(ARCHITECTURES["llama"].config(), folder)),
-        eos_token_ids=(),
-        device="cpu",
-        dtype="float32",
         max_model_len=100,
-        block_size=4,
         kv_cache_bytes=1 << 20,
-        max_num_seqs=4,
-        max_num_batched_tokens=16,
-        handover_timeout=1.0,
         max_sp=max_sp,
-        num_threads=1,
-        log_level="info",
     )
     link = KeptMessages()
     link.inbox.put(Shutdown())
